@@ -1,0 +1,220 @@
+"""Rules that need one number per layer: uniform, proportional, shuffled, from_file, and scalar measurements.
+
+Every rule is a function `(layers, budget, **options) -> RankPlan` of plain values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from orca_rank.ranks.allocate import share
+from orca_rank.ranks.plan import Budget, Layer, LayerLike, RankPlan, as_layers
+
+
+def uniform(
+    layers: Sequence[LayerLike], budget: Budget | None = None, *, r: int | None = None, allow_above_full: bool = False
+) -> RankPlan:
+    """The same rank everywhere: `r` if given (the budget is then not used), otherwise what the budget affords.
+
+    Raises:
+        ValueError: if r is above min(d_in, d_out) of a layer and `allow_above_full` is not set.
+    """
+    records = as_layers(layers)
+    options = {"r": r, "allow_above_full": allow_above_full}
+    if r is not None:
+        plan = RankPlan({layer.name: r for layer in records}, "uniform", None, options, allow_above_full)
+        return plan.check(records)
+    limit = need_budget(budget, "uniform", "or give rank.r")
+    return RankPlan(share(records, limit, np.ones(len(records))), "uniform", limit, options)
+
+
+def proportional(
+    layers: Sequence[LayerLike],
+    budget: Budget | None = None,
+    *,
+    gamma: float | int = 1.0,
+    metric: str = "mmd",
+    p_max: float | None = None,
+) -> RankPlan:
+    """r_i ∝ D_i^γ under the budget (`allocate.share`); a gap at or below 0 counts as 0 and leaves the layer at r_min.
+
+    Args:
+        gamma: exponent; 0 is uniform, 1 the hypothesis "rank in proportion to the gap".
+        metric: which calibrated gap.
+        p_max: count a gap as 0 if its permutation p-value is above this; by default all count.
+    """
+    records = as_layers(layers)
+    limit = need_budget(budget, "proportional")
+    gaps = gap_values(records, metric, "proportional", p_max)
+    options = {"gamma": gamma, "metric": metric, "p_max": p_max}
+    return RankPlan(share(records, limit, power(gaps, gamma)), "proportional", limit, options)
+
+
+def shuffled(
+    layers: Sequence[LayerLike],
+    budget: Budget | None = None,
+    *,
+    gamma: float | int = 1.0,
+    metric: str = "mmd",
+    p_max: float | None = None,
+    seed: int = 0,
+) -> RankPlan:
+    """`proportional` with the gaps permuted over the layers: the control that tells whether it matters *which* layer
+    gets the ranks, or only their histogram. Same budget, same gaps, another order."""
+    records = as_layers(layers)
+    limit = need_budget(budget, "shuffled")
+    gaps = gap_values(records, metric, "shuffled", p_max)
+    order = np.random.default_rng(seed).permutation(len(records))
+    options = {"gamma": gamma, "metric": metric, "p_max": p_max, "seed": seed}
+    return RankPlan(share(records, limit, power(gaps[order], gamma)), "shuffled", limit, options)
+
+
+def from_file(
+    layers: Sequence[LayerLike],
+    budget: Budget | None = None,
+    *,
+    path: str | Path | None = None,
+    allow_above_full: bool = False,
+) -> RankPlan:
+    """A plan from JSON: what `RankPlan.to_json` or stage=measure wrote, or a plain {layer: rank}. No budget is applied.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: if it is not a plan of exactly these layers.
+    """
+    if path is None:
+        raise ValueError("rank=from_file needs the path of a rank plan: set rank.path=<file.json>")
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"no rank plan at {source}: stage=measure and stage=plan write one as ranks.json")
+    try:
+        content = json.loads(source.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} must hold an object {{layer: rank}}, got a {type(content).__name__}")
+    ranks = content["ranks"] if isinstance(content.get("ranks"), dict) else content
+    above = allow_above_full or bool(isinstance(content.get("ranks"), dict) and content.get("allow_above_full", False))
+    options = {"path": str(source), "allow_above_full": allow_above_full}
+    return RankPlan(ranks, "from_file", None, options, above).check(layers)
+
+
+def stable_rank(
+    layers: Sequence[LayerLike], budget: Budget | None = None, *, statistic: str = "stable_rank"
+) -> RankPlan:
+    """r_i ∝ the stable rank ‖W‖_F²/‖W‖₂² of the pretrained weight (SR-LoRA, ICCV 2025): looks at no data.
+
+    Args:
+        statistic: `stable_rank`, or `effective_rank` = exp of the entropy of s/Σs.
+    """
+    return _by_number(layers, budget, "stable_rank", ("weight", statistic), {"statistic": statistic})
+
+
+def importance(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float | int = 1.0) -> RankPlan:
+    """r_i ∝ (mean |W ⊙ G|)^γ, G the gradient of the target loss at the start (GoRA, arXiv 2502.12171)."""
+    return _by_number(layers, budget, "importance", ("importance",), {"gamma": gamma}, gamma)
+
+
+def fisher(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float | int = 1.0) -> RankPlan:
+    """r_i ∝ (mean diagonal of the empirical Fisher information)^γ, from per-image gradients."""
+    return _by_number(layers, budget, "fisher", ("fisher",), {"gamma": gamma}, gamma)
+
+
+def gelora(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPlan:
+    """r_i = max(d_{i+1} − d_i, 0) + 1 with d_i, d_{i+1} the intrinsic dimensions (TwoNN) of the target data at the
+    layer's input and output (GeLoRA, arXiv 2412.09250). With a budget: in proportion to it; without: rounded up."""
+    records = as_layers(layers)
+    before = measured(records, "gelora", ("intrinsic_dimension", "input"))
+    after = measured(records, "gelora", ("intrinsic_dimension", "output"))
+    weights = np.maximum(after - before, 0) + 1
+    if budget is not None:
+        return RankPlan(share(records, budget, weights), "gelora", budget)
+    ranks = [min(int(np.ceil(weight)), layer.full_rank) for weight, layer in zip(weights, records, strict=True)]
+    return RankPlan({layer.name: rank for layer, rank in zip(records, ranks, strict=True)}, "gelora")
+
+
+def need_budget(budget: Budget | None, rule: str, hint: str = "") -> Budget:
+    """The budget, or an error that says how to set one."""
+    if budget is None:
+        alternative = f" ({hint})" if hint else ""
+        raise ValueError(
+            f"rank rule {rule} spends a budget: set budget.mean_rank, .total_rank or .parameters{alternative}"
+        )
+    return budget
+
+
+def gap_values(
+    layers: Sequence[Layer], metric: str, rule: str, p_max: float | None = None
+) -> Float[np.ndarray, " layers"]:
+    """The calibrated gaps D_i >= 0 of one metric; see `proportional`.
+
+    Raises:
+        ValueError: if a layer has no such measurement.
+    """
+    entries = [layer.gap.get(metric) or {} for layer in layers]
+    values = [_number(entry.get("value")) for entry in entries]
+    _complain(
+        layers, values, f"the gap '{metric}'", rule, f"gap.metrics with '{metric}' in it (gap=all has every metric)"
+    )
+    if p_max is not None:
+        p_values = [_number(entry.get("p")) for entry in entries]
+        _complain(layers, p_values, f"p-values of the gap '{metric}'", rule, "gap.permutations > 0")
+        values = [value if p <= p_max else 0.0 for value, p in zip(values, p_values, strict=True)]
+    return np.maximum(np.array(values, dtype=float), 0.0)
+
+
+def measured(layers: Sequence[Layer], rule: str, keys: Sequence[str]) -> Float[np.ndarray, " layers"]:
+    """One measured number per layer, reached through nested keys.
+
+    Raises:
+        ValueError: if a layer lacks it, naming the option of stage=measure that turns it on.
+    """
+    values = [_number(measurement(layer, keys)) for layer in layers]
+    _complain(layers, values, f"the measurement '{'.'.join(keys)}'", rule, f"gap.measurements.{keys[0]}=true")
+    return np.array(values, dtype=float)
+
+
+def measurement(layer: Layer, keys: Sequence[str]) -> Any:
+    """What `layers.json` holds under nested keys, or None."""
+    value: Any = layer.measured
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def power(values: Float[np.ndarray, " layers"], gamma: float | int) -> Float[np.ndarray, " layers"]:
+    """(D_i / max D)^γ; all zeros stay zeros for γ > 0."""
+    top = values.max()
+    return np.power(values / top if top > 0 else values, float(gamma))
+
+
+def _by_number(
+    layers: Sequence[LayerLike],
+    budget: Budget | None,
+    rule: str,
+    keys: tuple[str, ...],
+    options: dict[str, Any],
+    gamma: float | int = 1.0,
+) -> RankPlan:
+    records = as_layers(layers)
+    limit = need_budget(budget, rule)
+    values = np.maximum(measured(records, rule, keys), 0.0)
+    return RankPlan(share(records, limit, power(values, gamma)), rule, limit, options)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _complain(layers: Sequence[Layer], values: Sequence[float], what: str, rule: str, option: str) -> None:
+    missing = [layer.name for layer, value in zip(layers, values, strict=True) if not np.isfinite(value)]
+    if missing:
+        raise ValueError(
+            f"rank rule {rule} needs {what} of every layer; {len(missing)} of {len(layers)} lack it "
+            f"({missing[0]}, ...): run `python -m orca_rank stage=measure` with {option}"
+        )
