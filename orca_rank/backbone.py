@@ -1,0 +1,268 @@
+"""A timm vision transformer as embedder | body | predictor (ORCA, arXiv 2302.05738, section 3).
+
+The body is the timm model itself without its patch embedding and head, so the names of its modules, and with them the
+keys of rank plans and adapters, are timm's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from orca_rank.ranks import Layer
+from orca_rank.task import Task
+
+
+class Embedder(nn.Module):
+    """Image → tokens: resize → convolution with kernel = stride = patch → normalisation, as in ORCA.
+
+    Args:
+        patch_embed: the timm patch embedding whose geometry, and with init="pretrained" whose weights, are taken over.
+        in_channels: channels C of the target.
+        init: "pretrained" tiles the pretrained filters over the target's channels; "random" draws anew
+            (truncated normal, std 0.02).
+
+    Raises:
+        ValueError: for another `init`.
+    """
+
+    def __init__(self, patch_embed: nn.Module, in_channels: int, init: str) -> None:
+        super().__init__()
+        if init not in ("pretrained", "random"):
+            raise ValueError(f"embedder.init must be 'pretrained' or 'random', received {init!r}")
+        old: nn.Conv2d = patch_embed.proj
+        self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
+        self.flatten = bool(patch_embed.flatten)
+        self.proj = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+        self.norm = copy.deepcopy(patch_embed.norm)
+        with torch.no_grad():
+            if init == "pretrained":
+                copies = -(-in_channels // old.in_channels)
+                self.proj.weight.copy_(old.weight.repeat(1, copies, 1, 1)[:, :in_channels])
+                if old.bias is not None:
+                    self.proj.bias.copy_(old.bias)
+            else:
+                nn.init.trunc_normal_(self.proj.weight, std=0.02)
+                if self.proj.bias is not None:
+                    nn.init.zeros_(self.proj.bias)
+                if isinstance(self.norm, nn.LayerNorm):
+                    self.norm.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
+        if x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"this embedder was made for {self.proj.in_channels} channels, received images of shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.shape[-2:] != self.image_size:
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True)
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H/p, W/p, d)
+        return self.norm(x.flatten(1, 2) if self.flatten else x)  # ViT: (B, N, d); Swin: (B, H/p, W/p, d)
+
+
+class ClassPredictor(nn.Module):
+    """Token mean → Linear.
+
+    Args:
+        width: features d of the body. classes: outputs. prefix: class and register tokens to leave out of the mean.
+    """
+
+    def __init__(self, width: int, classes: int, prefix: int = 0) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, features: Float[Tensor, "b ... d"]) -> Float[Tensor, "b classes"]:
+        tokens = features.flatten(1, -2)[:, self.prefix :]  # (B, ..., d) -> (B, N, d)
+        return self.fc(tokens.mean(1))
+
+
+class DensePredictor(nn.Module):
+    """ORCA's dense decoder: 1×1 convolution (d → 3 c s²) → PixelShuffle(s) → mean of each 3 → pooling to the grid.
+
+    Args:
+        width: features d. stride: image pixels per token of the last stage, s. output_shape: (c, H, W) of the field.
+        prefix: tokens of a ViT that stand for no place.
+    """
+
+    def __init__(self, width: int, stride: int, output_shape: tuple[int, ...], prefix: int = 0) -> None:
+        super().__init__()
+        self.channels, *self.grid = output_shape
+        self.stride, self.prefix = stride, prefix
+        self.decoder = nn.Conv2d(width, 3 * self.channels * stride**2, kernel_size=1)
+
+    def forward(self, features: Float[Tensor, "b ... d"]) -> Float[Tensor, "b c H W"]:
+        if features.ndim == 3:  # (B, N, d) -> (B, h, w, d) of a square image
+            side = round((features.shape[1] - self.prefix) ** 0.5)
+            features = features[:, self.prefix :].unflatten(1, (side, side))
+        x = self.decoder(features.permute(0, 3, 1, 2))  # (B, h, w, d) -> (B, 3 c s², h, w)
+        x = F.pixel_shuffle(x, self.stride)  # (B, 3 c, s h, s w)
+        x = x.unflatten(1, (self.channels, 3)).mean(2)
+        return F.adaptive_avg_pool2d(x, self.grid)
+
+
+class OrcaModel(nn.Module):
+    """predictor(body(embedder(x))); x (B, C, H, W), the output as the task asks."""
+
+    def __init__(self, embedder: nn.Module, body: nn.Module, predictor: nn.Module) -> None:
+        super().__init__()
+        self.embedder, self.body, self.predictor = embedder, body, predictor
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
+        return self.predictor(self.body(self.embedder(x)))
+
+
+def create_timm(backbone: Mapping[str, Any]) -> nn.Module:
+    """The timm model that a backbone config names, with its weights, without pooling or classes.
+
+    Args:
+        backbone: name: any timm transformer; pretrained: true (timm's hub), false (random) or a path to a file of
+            weights (safetensors, or a torch state dict); options: passed on to timm.create_model.
+
+    Raises:
+        ValueError: unknown name or options, or a file that does not fit. FileNotFoundError: no such file.
+        ConnectionError: the hub cannot be reached.
+    """
+    name, options, source = backbone["name"], dict(backbone.get("options") or {}), backbone["pretrained"]
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}; close: {', '.join(close) or 'none'}: set backbone.name")
+    options.update(num_classes=0, global_pool="")
+    try:
+        model = timm.create_model(name, pretrained=False, **options)
+        if source is True:
+            model = _from_hub(name, options)
+    except TypeError as error:
+        raise ValueError(f"timm's {name} does not take these backbone.options: {options} ({error})") from error
+    if not hasattr(model, "patch_embed") or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
+        raise ValueError(f"{name} has no convolutional patch_embed: choose a Swin or a ViT for backbone.name")
+    if isinstance(source, str):
+        load_weights(model, Path(source))
+    return model
+
+
+def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:
+        raise ConnectionError(
+            f"could not get pretrained weights of {name} from timm's hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no detail'}): set backbone.pretrained=<path of a weights "
+            f"file>, or backbone.pretrained=false for random weights"
+        ) from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file of weights into a timm model; every parameter of the model must be there.
+
+    A classification head in the file is left out. Only tensors are read (weights_only).
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a state dict, or missing or misshapen tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}: set backbone.pretrained to an existing file, true or false")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a safetensors file or a torch state dict of plain tensors: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and wrapper in state:
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a state dict (names to tensors)")
+    wanted = model.state_dict()
+    state = {name: value.to(torch.float32) for name, value in state.items() if name in wanted}
+    missing = [name for name, _ in model.named_parameters() if name not in state]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}")
+    wrong = [f"{n}: {tuple(v.shape)}, expected {tuple(wanted[n].shape)}" for n, v in state.items() if v.shape != wanted[n].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit this backbone: {'; '.join(wrong[:3])}")
+    model.load_state_dict(state, strict=False)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over the names and values of a module's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def create_model(backbone: Mapping[str, Any], task: Task, embedder_init: str = "pretrained") -> OrcaModel:
+    """Embedder for the task's channels, pretrained body, freshly initialised predictor.
+
+    Args:
+        backbone: the backbone config (see `create_timm`). task: the target. embedder_init: see `Embedder`.
+    """
+    body = create_timm(backbone)
+    embedder = Embedder(body.patch_embed, task.input_shape[0], embedder_init)
+    prefix = int(getattr(body, "num_prefix_tokens", 0))
+    width = int(body.num_features)
+    predictor: nn.Module
+    if task.kind == "classification":
+        predictor = ClassPredictor(width, task.output_shape[0], prefix)
+    else:
+        predictor = DensePredictor(width, int(body.feature_info[-1]["reduction"]), task.output_shape, prefix)
+    body.patch_embed = nn.Identity()
+    return OrcaModel(embedder, body, predictor)
+
+
+def source_model(backbone: Mapping[str, Any]) -> OrcaModel:
+    """The pretrained patch embedding and body, frozen and in eval mode: what source data pass through."""
+    body = create_timm(backbone)
+    embedder = Embedder(body.patch_embed, body.patch_embed.proj.in_channels, "pretrained")
+    body.patch_embed = nn.Identity()
+    return OrcaModel(embedder, body, nn.Identity()).requires_grad_(False).eval()
+
+
+def adaptable_layers(body: nn.Module, target: str, qkv: str = "fused") -> list[Layer]:
+    """The Linear modules of a body whose names match a regular expression.
+
+    Args:
+        target: regular expression, searched in module names such as layers.0.blocks.1.attn.qkv.
+        qkv: "fused" takes a matrix that holds q, k and v as one (3d, d) layer; "separate" as three (d, d) layers
+            named <module>.q, <module>.k and <module>.v.
+
+    Raises:
+        ValueError: for a bad expression or one that matches no Linear, or another `qkv`.
+    """
+    if qkv not in ("fused", "separate"):
+        raise ValueError(f"layers.qkv must be 'fused' or 'separate', received {qkv!r}")
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise ValueError(f"layers.target is not a regular expression: {target!r} ({error})") from error
+    linear = {name: module for name, module in body.named_modules() if isinstance(module, nn.Linear)}
+    layers = []
+    for name, module in linear.items():
+        if not pattern.search(name):
+            continue
+        if qkv == "separate" and name.rpartition(".")[2] == "qkv":
+            third = module.out_features // 3
+            layers += [Layer(f"{name}.{part}", module.in_features, third) for part in "qkv"]
+        else:
+            layers.append(Layer(name, module.in_features, module.out_features))
+    if not layers:
+        raise ValueError(
+            f"layers.target={target!r} matches none of the body's {len(linear)} Linear modules, for example "
+            f"{', '.join(list(linear)[:4])}"
+        )
+    return layers

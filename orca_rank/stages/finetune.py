@@ -1,0 +1,293 @@
+"""stage=finetune: train the model with the ranks of the plan, test the best epoch, keep what was trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor
+
+from orca_rank import adapters
+from orca_rank.artifacts import atomic, finished, key, plain, stage_folder, write_json, write_tensors
+from orca_rank.backbone import OrcaModel, weights_hash
+from orca_rank.build import build
+from orca_rank.ranks import RankPlan
+from orca_rank.stages.parts import (
+    aligned_embedder,
+    audit,
+    build_model,
+    count_parameters,
+    finetune_config,
+    layers_of,
+    make_plan,
+    make_trainable,
+    resolve_backbone,
+)
+from orca_rank.task import Task
+
+console = Console()
+
+
+class FineTune(L.LightningModule):
+    """One training step of the adapted model.
+
+    Args:
+        model: with exactly the parameters to train set to require gradients. task: loss and metric.
+        optimizer: takes parameter groups. settings: warmup_epochs, schedule, epochs; lr_ratio: LoRA+'s λ, the
+            learning rate of B over that of A (1: the same). seed: of what adapters draw in each step.
+    """
+
+    def __init__(self, model: OrcaModel, task: Task, optimizer: Any, settings: dict[str, Any], seed: int) -> None:
+        super().__init__()
+        self.model, self.task, self.make_optimizer, self.settings = model, task, optimizer, settings
+        self.seed = seed
+        self.strict_loading = False  # checkpoints leave out what is frozen
+        self.draws = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        if batch_index % self.trainer.accumulate_grad_batches == 0:  # one draw per optimiser step, as DyLoRA
+            self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)  # the same after a resume
+            adapters.begin_step(self.model.body, self.draws)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        x, y = batch
+        loss = self.task.loss(self(x), y)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss became {loss.item()} in epoch {self.current_epoch}, batch {batch_index}: lower "
+                f"finetune.optimizer.lr or set finetune.clip=1.0"
+            )
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(x), prog_bar=True)
+        return loss + adapters.extra_loss(self.model.body)
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        adapters.end_step(self.model.body)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        x, y = batch
+        prediction = self(x)
+        name = f"{split}/{self.task.metric_name}"
+        self.log(name, self.task.metric(prediction, y).mean(), batch_size=len(x), prog_bar=True)
+        if self.task.kind == "classification":
+            self.log(f"{split}/cross_entropy", self.task.loss(prediction, y), batch_size=len(x))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        lr = self.make_optimizer.keywords["lr"]
+        groups = adapters.parameter_groups(self.model.body, lr=lr, ratio=self.settings["lr_ratio"])
+        rest = [p for part in (self.model.embedder, self.model.predictor) for p in part.parameters() if p.requires_grad]
+        optimizer = self.make_optimizer([*groups, {"params": rest}])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+
+    def _lr_factor(self, epoch: int) -> float:
+        warm, total = self.settings["warmup_epochs"], self.settings["epochs"]
+        if epoch < warm:
+            return (epoch + 1) / (warm + 1)
+        progress = (epoch - warm) / max(1, total - warm)
+        schedule = self.settings["schedule"]
+        if schedule == "linear":
+            return 1 - progress
+        if schedule == "cosine":
+            return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
+        return 1.0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = trained_tensors(self.model)
+        checkpoint["state_dict"] = {f"model.{name}": value for name, value in kept.items()}
+
+
+def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
+    """Everything of a model that training changes: trainable parameters and what adapters say they change besides."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable |= {f"body.{name}" for name in adapters.adapter_state_dict(model.body)}
+    return {name: value for name, value in model.state_dict().items() if name in trainable}
+
+
+class Curve(Callback):
+    """curve.csv: one row an epoch, rewritten whole so that a resumed run goes on where it stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        lr = trainer.optimizers[0].param_groups[-1]["lr"]
+        row = {"epoch": trainer.current_epoch, "lr": lr, **values}
+        self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.rows and "train/loss" in trainer.callback_metrics:
+            self.rows[-1]["train/loss"] = float(trainer.callback_metrics["train/loss"])
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with atomic(self.path) as temporary, open(temporary, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+def tag(config: DictConfig) -> str:
+    """The folder of a fine-tune: finetune.tag, or adapter, rule, seed and a hash of every option it depends on."""
+    if config.finetune.tag is not None:
+        return str(config.finetune.tag)
+    parts = [config.adapter.name]
+    if config.adapter.method == "inject":
+        rank = plain(config.rank)
+        parts.append(rank["_target_"].rpartition(".")[2] + (f"-r{rank['r']}" if rank.get("r") is not None else ""))
+    return "-".join([*parts, f"s{config.seed}", key(finetune_config(config))[:6]])
+
+
+def run(config: DictConfig) -> None:
+    """Fine-tune as configured and write finetune/<tag>/.
+
+    Raises:
+        ValueError: a bad plan, a frozen fresh predictor, an unknown schedule. FloatingPointError: a loss that is not
+            finite. FileNotFoundError: an earlier stage is missing.
+    """
+    if config.finetune.schedule not in ("linear", "cosine", "constant"):
+        raise ValueError(f"finetune.schedule must be linear, cosine or constant, received {config.finetune.schedule!r}")
+    folder = stage_folder(config, "finetune") / tag(config)
+    made_from = finetune_config(config)
+    if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune"):
+        console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
+        return
+
+    L.seed_everything(config.seed, verbose=False)
+    data = build(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    task: Task = data.task
+    model = build_model(config, task)
+    backbone = {"config": resolve_backbone(config), "hash": weights_hash(model.body)}
+    injected = config.adapter.method == "inject"
+    plan = make_plan(config, layers_of(config, model.body)) if injected else None
+    make_trainable(model, config, plan)
+    audit(model, config)
+    counts = count_parameters(model, injected)
+    if plan is not None:
+        adapted = sum(rank > 0 for rank in plan.ranks.values())
+        console.print(f"{config.adapter.name}: {adapted} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}")
+    console.print(f"trainable parameters: {counts['trainable_parameters']}")
+
+    trainer, best = _trainer(config, folder, task, made_from)
+    module = FineTune(
+        model,
+        task,
+        build(config.finetune.optimizer),
+        {**plain(config.finetune), "lr_ratio": config.adapter.get("lr_ratio") or 1.0},
+        int(config.seed),
+    )
+    started = time.perf_counter()
+    last = folder / "last.ckpt"
+    if config.force:
+        last.unlink(missing_ok=True)
+    if last.exists():
+        console.print(f"going on from {last}", soft_wrap=True)
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    seconds = time.perf_counter() - started
+
+    best_state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
+    module.load_state_dict(best_state, strict=False)
+    data.setup("test")
+    validation = trainer.validate(module, datamodule=data, verbose=False)[0]
+    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    _write(config, folder, made_from, backbone, model, plan, counts, {**validation, **tested}, seconds, trainer.current_epoch, task)
+    Path(best.best_model_path).unlink()
+    name = f"test/{task.metric_name}"
+    console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
+
+
+def _trainer(
+    config: DictConfig, folder: Path, task: Task, made_from: Any
+) -> tuple[L.Trainer, ModelCheckpoint]:
+    monitor = f"val/{task.metric_name}"
+    mark = folder / "options.json"
+    stale = mark.exists() and json.loads(mark.read_text()) != json.loads(json.dumps(plain(made_from), default=str))
+    if stale and not config.force:
+        raise ValueError(f"{folder} holds a run with other options: choose another finetune.tag, or force=true")
+    with atomic(mark) as temporary:
+        temporary.write_text(json.dumps(plain(made_from), default=str))
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode="min", save_last=True, enable_version_counter=False)
+    callbacks: list[Callback] = [best, Curve(folder / "curve.csv")]
+    if config.finetune.patience is not None:
+        callbacks.append(EarlyStopping(monitor, patience=config.finetune.patience, mode="min"))
+    trainer = build(
+        config.trainer,
+        max_epochs=config.finetune.epochs,
+        accumulate_grad_batches=config.finetune.accumulate,
+        gradient_clip_val=config.finetune.clip,
+        default_root_dir=str(folder),
+        callbacks=callbacks,
+        logger=build(config.logger, save_dir=str(folder / "log")) if config.logger else False,
+    )
+    return trainer, best
+
+
+def _write(
+    config: DictConfig,
+    folder: Path,
+    made_from: Any,
+    backbone: dict[str, Any],
+    model: OrcaModel,
+    plan: RankPlan | None,
+    counts: dict[str, Any],
+    metrics: dict[str, float],
+    seconds: float,
+    epochs: int,
+    task: Task,
+) -> None:
+    """The trained parts, the plan used, and last of all metrics.json, whose presence means done."""
+    tensors = trained_tensors(model)
+    tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
+    if plan is not None:
+        write_json(folder / "ranks.json", plan.to_dict())
+        _export_peft(model, folder)
+    if task.normaliser is not None:
+        tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
+    write_tensors(folder / "model.safetensors", tensors)
+    inputs = [aligned_embedder(config)] if config.embedder.aligned else []
+    payload = {
+        **metrics,
+        **counts,
+        "seconds": seconds,
+        "epochs": epochs,
+        "backbone": backbone,
+        "metric": task.metric_name,
+        "task": {"kind": task.kind, "input_shape": task.input_shape, "output_shape": task.output_shape},
+    }
+    if torch.cuda.is_available():
+        payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
+
+
+def _export_peft(model: OrcaModel, folder: Path) -> None:
+    try:
+        adapters.save_peft(model.body, folder / "adapter")
+    except adapters.NotExpressible as error:
+        console.print(f"no adapter/ in PEFT's layout: {error}")

@@ -1,0 +1,172 @@
+"""What several stages put together the same way: data, backbone, model, rank plan, trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from orca_rank.adapters import inject
+from orca_rank.artifacts import plain, read_json, read_tensors, select, stage_folder
+from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
+from orca_rank.build import build
+from orca_rank.ranks import Budget, Layer, RankPlan
+from orca_rank.task import Task
+
+# What a model's weights before fine-tuning depend on.
+MODEL_SECTIONS = ("backbone", "embedder", "seed")
+
+
+def resolve_backbone(config: DictConfig) -> dict[str, Any]:
+    """The backbone config with `pretrained` as `backbone.create_timm` reads it: a bool or a path.
+
+    `on_source` pretrains on the run's source data, once, and caches the weights; `shipped` takes the weights that
+    come with this package.
+    """
+    backbone = plain(config.backbone)
+    if backbone["pretrained"] == "on_source":
+        from orca_rank.stages.pretrain import on_source
+
+        backbone["pretrained"] = str(on_source(config))
+    elif backbone["pretrained"] == "shipped":
+        from orca_rank.weights import shipped
+
+        backbone["pretrained"] = str(shipped(backbone["shipped"]))
+    return backbone
+
+
+def build_model(config: DictConfig, task: Task) -> OrcaModel:
+    """The model before fine-tuning, with the embedder that the config asks for.
+
+    Raises:
+        FileNotFoundError: embedder.aligned without a finished stage=align. ValueError: an embedder of another shape.
+    """
+    torch.manual_seed(config.seed)
+    model = create_model(resolve_backbone(config), task, config.embedder.init)
+    if config.embedder.aligned:
+        path = aligned_embedder(config)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: run `python -m orca_rank stage=align run={config.run}` first, or set "
+                f"embedder.aligned=false to use the {config.embedder.init} initialisation"
+            )
+        state = read_tensors(path, "stage=align")
+        try:
+            model.embedder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} does not fit this backbone and target ({str(error).splitlines()[-1].strip()}): run "
+                f"`python -m orca_rank stage=align run={config.run} force=true`"
+            ) from error
+    return model
+
+
+def aligned_embedder(config: DictConfig) -> Path:
+    """Where stage=align leaves the embedder."""
+    return stage_folder(config, "align") / "embedder.safetensors"
+
+
+def bare_model(config: DictConfig, task: Task) -> OrcaModel:
+    """The architecture alone, on the meta device: no weights are read, drawn or stored."""
+    with torch.device("meta"):
+        return create_model({**plain(config.backbone), "pretrained": False}, task, config.embedder.init)
+
+
+def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
+    """The layers to adapt, with their measurements where stage=measure has made them.
+
+    Raises:
+        ValueError: if the run's measurements are of other layers.
+    """
+    layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
+    path = stage_folder(config, "measure") / "layers.json"
+    if not path.exists():
+        return layers
+    measured = {record["name"]: record for record in read_json(path, "stage=measure")["layers"]}
+    names = {layer.name for layer in layers}
+    if names != set(measured):
+        raise ValueError(
+            f"{path} measured other layers than layers.target={config.layers.target!r} layers.qkv={config.layers.qkv} "
+            f"choose (for example {sorted(names ^ set(measured))[:2]}): run `python -m orca_rank stage=measure "
+            f"run={config.run} force=true`, or use another run"
+        )
+    for layer in layers:
+        record = measured[layer.name]
+        if (record["d_in"], record["d_out"]) != (layer.d_in, layer.d_out):
+            raise ValueError(f"{path} was measured on another backbone: {layer.name} has another shape there")
+    return [Layer.from_dict(measured[layer.name]) for layer in layers]
+
+
+def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
+    """The configured rule applied to the layers under the configured budget, and checked against them."""
+    plan = build(config.rank)(layers, Budget(**plain(config.budget)))
+    plan.check(layers)
+    return plan
+
+
+def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None) -> None:
+    """Freeze the model, then free what the config trains: adapter, embedder, predictor.
+
+    Raises:
+        ValueError: for an unknown adapter.method.
+    """
+    method = config.adapter.method
+    model.requires_grad_(False)
+    if method == "inject":
+        inject(model.body, plan, adapter=build(config.adapter.module))
+    elif method == "full":
+        model.body.requires_grad_(True)
+    elif method == "norm":
+        for module in model.body.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_(True)
+    elif method != "probe":
+        raise ValueError(f"adapter.method must be inject, full, norm or probe, received {method!r}")
+    model.embedder.requires_grad_(bool(config.embedder.train))
+    model.predictor.requires_grad_(not config.predictor.frozen_on_purpose)
+
+
+def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
+    """Trainable parameters by part, and the total of all parameters.
+
+    `adapter` counts what was injected into the body, `other` what else of the body is trained.
+    """
+    parts = {
+        name: sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad)
+        for name in ("embedder", "body", "predictor")
+    }
+    body = parts.pop("body")
+    parts |= {"adapter": body if adapters else 0, "other": 0 if adapters else body}
+    return {
+        "trainable_parameters": {"total": sum(parts.values()), **parts},
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def audit(model: OrcaModel, config: DictConfig) -> None:
+    """Stop before training when a freshly initialised module is frozen: every rank would look equally bad.
+
+    Raises:
+        ValueError: the predictor, or an embedder with random weights, is frozen and no option says so on purpose.
+    """
+    if not any(p.requires_grad for p in model.predictor.parameters()) and not config.predictor.frozen_on_purpose:
+        raise ValueError("the freshly initialised predictor is frozen: train it, or set predictor.frozen_on_purpose=true")
+    if config.embedder.init == "random" and not config.embedder.aligned and not config.embedder.train:
+        raise ValueError(
+            "the embedder has random weights and is frozen: set embedder.train=true, embedder.init=pretrained, or "
+            "embedder.aligned=true"
+        )
+
+
+def finetune_config(config: DictConfig) -> Mapping[str, Any]:
+    """The sections that a fine-tuned model depends on."""
+    sections = ["data", "layers", *MODEL_SECTIONS, "predictor", "adapter", "finetune", "trainer"]
+    if config.embedder.aligned:
+        sections += ["source", "align"]
+    if config.adapter.method == "inject":
+        sections += ["rank", "budget"]
+    return select(config, *sections)
