@@ -1,0 +1,1 @@
+"""Datasets: LightningDataModules with a `.task`; train, val and test never overlap."""

@@ -1,0 +1,212 @@
+"""Darcy data sets on disk: generated (and cached) or the official .mat files.
+
+Reference:
+    [1] Li et al., Fourier Neural Operator (2020): piececonst_r421_N1024_smooth{1,2}.mat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import scipy.io
+from rich.console import Console
+from rich.progress import Progress
+from threadpoolctl import threadpool_limits
+
+from orca_rank.data.darcy_field import sample_coefficient
+from orca_rank.data.darcy_solver import MODES, solve_all
+
+_LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}
+_CHUNK = 16  # samples between two steps of the progress bar
+_WORTH_PROCESSES = 2e7  # grid points; below, starting processes costs more than it saves
+
+
+class DarcyArrays(NamedTuple):
+    """coefficient and solution, each (n, k, k) float32, and how they were made (empty for .mat files)."""
+
+    coefficient: np.ndarray
+    solution: np.ndarray
+    metadata: dict[str, Any]
+
+
+def subsampled_size(grid: int, stride: int) -> int:
+    """Points per side that are left of `grid` when every `stride`-th is kept."""
+    if grid < 4 or stride < 1:
+        raise ValueError(f"expected grid >= 4 and stride >= 1, received grid={grid}, stride={stride}")
+    return -(-grid // stride)
+
+
+def generate(
+    n: int,
+    *,
+    folder: str | Path,
+    grid: int = 421,
+    stride: int = 5,
+    mode: str = "fno",
+    seed: int = 0,
+    stream: int = 0,
+    workers: int | None = None,
+    progress: bool = True,
+) -> DarcyArrays:
+    """n samples of the published law, solved at `grid` and kept at every `stride`-th point; read back if cached.
+
+    Sample i depends on (seed, stream, i, grid, mode) alone, not on n or workers. In mode "fno" kept points lie at
+    (stride · i + ½)/grid, in mode "clean" at stride · i/(grid − 1).
+
+    Args:
+        n: number of samples.
+        folder: cache; one npz per set of parameters, moved into place when whole.
+        grid, stride: points per side of the solve, and the subsampling (421 and 5 give 85).
+        mode: discretisation, "fno" or "clean", see `orca_rank.data.darcy_solver`.
+        seed, stream: of the coefficients, see `orca_rank.data.darcy_field.gaussian_field`.
+        workers: processes, one thread each; null for one per core, and none where the work is small.
+        progress: show a bar on a terminal.
+
+    Raises:
+        ValueError: for parameters out of range, or a damaged cache file.
+    """
+    subsampled_size(grid, stride)
+    if n < 1 or (workers is not None and workers < 1):
+        raise ValueError(f"expected n >= 1 and workers >= 1 or null, received n={n}, workers={workers}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, received {mode!r}")
+    parameters = {"n": n, "grid": grid, "stride": stride, "mode": mode, "seed": seed, "stream": stream, **_LAW}
+    name = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(folder) / f"darcy-{mode}-{grid}-{stride}-{name}.npz"
+    if not path.exists():
+        _write(path, _solve_chunks(parameters, workers, progress))
+    return _read(path)
+
+
+def sample_pairs(first: int, count: int, parameters: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Samples first … first + count − 1, subsampled: coefficient, solution, iterations and fallbacks in total."""
+    nodes = parameters["mode"] == "clean"
+    with threadpool_limits(1):
+        a = sample_coefficient(
+            count,
+            parameters["grid"],
+            seed=parameters["seed"],
+            first=first,
+            stream=parameters["stream"],
+            low=parameters["low"],
+            high=parameters["high"],
+            alpha=parameters["alpha"],
+            tau=parameters["tau"],
+            positions="nodes" if nodes else "centres",
+        )
+        solution = solve_all(a, parameters["mode"])
+    keep = slice(None, None, parameters["stride"])
+    fallbacks = int(solution.fallback.sum())
+    return a[:, keep, keep].copy(), solution.u[:, keep, keep].copy(), int(solution.iterations.sum()), fallbacks
+
+
+def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: bool) -> DarcyArrays:
+    n, grid = parameters["n"], parameters["grid"]
+    starts = range(0, n, _CHUNK)
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores if n * grid**2 > _WORTH_PROCESSES else 1
+    workers = min(workers, len(starts))
+    began = time.perf_counter()
+    size = subsampled_size(grid, parameters["stride"])
+    a, u = np.empty((n, size, size), np.float32), np.empty((n, size, size), np.float32)
+    iterations = fallbacks = 0
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task(f"Solving {n} Darcy problems at {grid}×{grid}", total=n)
+
+        def keep(start: int, result: tuple[np.ndarray, np.ndarray, int, int]) -> None:
+            nonlocal iterations, fallbacks
+            count = len(result[0])
+            a[start : start + count], u[start : start + count] = result[:2]
+            iterations, fallbacks = iterations + result[2], fallbacks + result[3]
+            bar.advance(task, count)
+
+        if workers == 1:
+            for start in starts:
+                keep(start, sample_pairs(start, min(_CHUNK, n - start), parameters))
+        else:
+            # "spawn": forking a process that already runs threads (BLAS, torch) can deadlock.
+            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+                jobs = {pool.submit(sample_pairs, s, min(_CHUNK, n - s), parameters): s for s in starts}
+                for job in as_completed(jobs):
+                    keep(jobs[job], job.result())
+    metadata = {
+        **parameters,
+        "mean_iterations": iterations / n,
+        "fallbacks": fallbacks,
+        "seconds": time.perf_counter() - began,
+        "workers": workers,
+    }
+    return DarcyArrays(a, u, metadata)
+
+
+def _write(path: Path, data: DarcyArrays) -> None:
+    from orca_rank.artifacts import atomic  # here, so that worker processes do not import torch
+
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        np.savez(
+            stream, coefficient=data.coefficient, solution=data.solution, metadata=np.array(json.dumps(data.metadata))
+        )
+
+
+def _read(path: Path) -> DarcyArrays:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return DarcyArrays(file["coefficient"], file["solution"], json.loads(str(file["metadata"])))
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"the cached Darcy data {path} are damaged ({error}): delete the file to make them again"
+        ) from error
+
+
+def read_mat(path: str | Path, stride: int = 1, limit: int | None = None) -> DarcyArrays:
+    """The first `limit` samples of an official .mat file (version 5 or 7.3), every `stride`-th point.
+
+    The file holds `coeff` and `sol`, (n, s, s) in MATLAB's order of axes; version 7.3 stores them reversed.
+
+    Raises:
+        FileNotFoundError: if it is missing. ValueError: if it is not such a file, or has NaN.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing: put the official piececonst_r421_N1024_smooth1.mat and …smooth2.mat into the folder "
+            f"paths.data (or ORCA_RANK_DATA), or use data=darcy, which makes equivalent data"
+        )
+    fields = {}
+    keep = slice(None, None, stride)
+    if h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            for name in ("coeff", "sol"):
+                if name not in file or file[name].ndim != 3:
+                    raise ValueError(f"{path} has no three-dimensional {name!r}; it holds {sorted(file.keys())}")
+                # (s, s, n) on disk; the last axis is the sample and the grid's two axes are swapped too
+                fields[name] = np.transpose(file[name][:, :, :limit][keep, keep], (2, 1, 0))
+    else:
+        try:
+            content = scipy.io.loadmat(path, variable_names=["coeff", "sol"])
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"{path} is not a MATLAB file of version 5 or 7.3 ({error})") from error
+        for name in ("coeff", "sol"):
+            if name not in content or content[name].ndim != 3:
+                raise ValueError(f"{path} has no three-dimensional {name!r}")
+            fields[name] = content[name][:limit, keep, keep]
+    a, u = (np.ascontiguousarray(fields[name], dtype=np.float32) for name in ("coeff", "sol"))
+    if a.shape != u.shape or a.shape[1] != a.shape[2]:
+        raise ValueError(f"{path}: expected coeff and sol of one shape (n, s, s), received {a.shape} and {u.shape}")
+    if limit is not None and len(a) < limit:
+        raise ValueError(f"{path} holds {len(a)} samples, {limit} were asked for: lower train_limit or test_limit")
+    if not (np.isfinite(a).all() and np.isfinite(u).all()):
+        raise ValueError(f"{path} has NaN or infinite values")
+    return DarcyArrays(a, u, {})
