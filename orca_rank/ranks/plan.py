@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Layer:
         return min(self.d_in, self.d_out)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+    def from_dict(cls, record: Mapping[str, Any]) -> Layer:
         """Read one entry of `layers.json`; keys that are not shape or gap are measurements."""
         if missing := [key for key in SHAPE_KEYS[:3] if key not in record]:
             raise ValueError(f"a layer needs {', '.join(SHAPE_KEYS[:3])}; {missing} missing in {sorted(record)}")
@@ -197,7 +197,7 @@ class RankPlan:
         """Adapter parameters Σ r_i (d_in + d_out)."""
         return sum(self[layer.name] * layer.cost for layer in as_layers(layers))
 
-    def check(self, layers: Sequence[LayerLike]) -> Self:
+    def check(self, layers: Sequence[LayerLike]) -> RankPlan:
         """Return the plan if it names exactly these layers and no rank exceeds its layer's full rank.
 
         Raises:
@@ -228,7 +228,7 @@ class RankPlan:
         }
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+    def from_dict(cls, record: Mapping[str, Any]) -> RankPlan:
         """Read what `to_dict` wrote.
 
         Raises:
@@ -252,7 +252,7 @@ class RankPlan:
         return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> RankPlan:
         """Read what `to_json` wrote; errors as in `from_dict`."""
         return cls.from_dict(json.loads(text))
 
