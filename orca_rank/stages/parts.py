@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -63,6 +64,11 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
                 f"`python -m orca_rank stage=align run={config.run} force=true`"
             ) from error
     return model
+
+
+def outline(data: L.LightningDataModule) -> Task:
+    """The task of a data module, without loading the data where the module can tell its shapes beforehand."""
+    return getattr(data, "outline", None) or data.task
 
 
 def aligned_embedder(config: DictConfig) -> Path:

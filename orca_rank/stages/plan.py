@@ -9,7 +9,7 @@ from rich.table import Table
 from orca_rank.artifacts import select, stage_folder, write_json
 from orca_rank.build import build
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.parts import bare_model, count_parameters, layers_of, make_plan, make_trainable
+from orca_rank.stages.parts import bare_model, count_parameters, layers_of, make_plan, make_trainable, outline
 
 
 def run(config: DictConfig) -> None:
@@ -18,7 +18,7 @@ def run(config: DictConfig) -> None:
     Needs no weights; needs data only where the data config cannot tell its shapes, and stage=measure only where the
     rule reads measurements.
     """
-    model = bare_model(config, build(config.data).task)
+    model = bare_model(config, outline(build(config.data)))
     layers = layers_of(config, model.body)
     adapters = config.adapter.method == "inject"
     plan = make_plan(config, layers) if adapters else None
