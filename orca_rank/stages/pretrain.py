@@ -1,0 +1,298 @@
+"""stage=pretrain: supervised pretraining of a timm classifier on images, for a body to start from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from orca_rank.artifacts import atomic, write_tensors
+from orca_rank.data.augment import Augmentation, mix, soft_labels
+from orca_rank.data.module import channel_statistics
+from orca_rank.stages.muon import MuonAdamW, parameter_groups
+
+console = Console(highlight=False)
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to pretrain.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images per pass through the network; accumulate: passes per optimiser step.
+        optimizer: "adamw", or "muon" for Muon on the matrices of the body and AdamW on the rest.
+        lr, weight_decay: peak learning rate, decoupled weight decay (not on biases, norms and position tables).
+        warmup_epochs: of linear warm-up.
+        schedule: "cosine" to 0, or "wsd" (warm-up, stable, decay: constant until `decay_epochs` before the end, then
+            linear to 0; arXiv 2404.06395). With wsd the end may be moved by a resume before the decay has begun.
+        ema: decay β of the moving average of the weights, θ̄ ← β_t θ̄ + (1 − β_t) θ with β_t = min(β, (1 + t)/(10 + t)).
+        clip: largest gradient norm, or null.
+        compile: torch.compile the training step (a few minutes once, then about a quarter faster on a CPU).
+        half: write the weights as float16.
+        seed: of initial order, augmentation and dropout.
+        augmentation: see `Augmentation`.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    schedule: str = "cosine"
+    decay_epochs: float = 8.0
+    ema: float = 0.998
+    clip: float | None = None
+    compile: bool = False
+    half: bool = True
+    seed: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', received {self.optimizer!r}")
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"schedule must be 'cosine' or 'wsd', received {self.schedule!r}")
+        if min(self.epochs, self.batch_size, self.accumulate) < 1 or self.lr <= 0:
+            raise ValueError("epochs, batch_size and accumulate must be at least 1 and lr above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), received {self.ema}")
+
+
+def lr_factor(step: int, steps_per_epoch: float, recipe: Recipe) -> float:
+    """The learning rate of optimiser step 0, 1, … as a fraction of its peak."""
+    warm, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+    return max(0.0, min(1.0, (total - step) / max(1.0, recipe.decay_epochs * steps_per_epoch)))
+
+
+class Pretrain(L.LightningModule):
+    """Soft-label cross-entropy on augmented batches, with a moving average of the weights.
+
+    Args:
+        network: images (B, C, H, W), normalised → logits (B, classes). recipe: see `Recipe`. classes: number of them.
+        mean, std: of the channels of images in [0, 1], each (C, 1, 1).
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, classes: int, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network, self.recipe, self.classes = network, recipe, classes
+        self.average = _frozen_copy(network)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.loss = torch.compile(self._loss, dynamic=False) if recipe.compile else self._loss
+
+    def _loss(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.network(x).float(), target)
+
+    def normalised(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return (x - self.mean) / self.std
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.recipe.seed + 7919 * self.current_epoch)  # dropout and drop path, the same after a resume
+
+    def training_step(self, batch: Pair, index: int) -> Tensor:
+        images, labels = batch
+        options, random = self.recipe.augmentation, np.random.default_rng((self.recipe.seed, self.current_epoch, index))
+        x = options.images(unit_range(images), random)
+        target = soft_labels(labels, self.classes, options.smoothing)
+        x, target = mix(x, target, options, random)
+        loss = self.loss(self.normalised(x), target)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        count = int(self.updates)
+        update_average(self.average, self.network, min(self.recipe.ema, (1 + count) / (10 + count)))
+        self.updates += 1
+
+    def validation_step(self, batch: Pair, index: int) -> None:
+        """Top-1 of the average on every batch, of the raw weights on every fourth (a cheap second curve)."""
+        images, labels = batch
+        x = self.normalised(unit_range(images))
+        for name, network in (("val/top1", self.average), ("val/top1_raw", self.network)):
+            if network is self.average or index % 4 == 0:
+                right = (network(x).argmax(1) == labels).float().mean()
+                self.log(name, right, on_step=False, on_epoch=True, batch_size=len(x))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        recipe, muon = self.recipe, self.recipe.optimizer == "muon"
+        groups = parameter_groups(self.network, recipe.weight_decay, muon)
+        make = MuonAdamW if muon else torch.optim.AdamW
+        optimizer = make(groups, lr=recipe.lr, betas=(0.9, 0.99))
+        per_epoch = self.trainer.estimated_stepping_batches / recipe.epochs
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, per_epoch, recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Keep(Checkpoint):
+    """After every epoch: last.ckpt, the best average so far, curve.csv and one line with the time left."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.rows: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        seconds = time.monotonic() - self.started
+        best = max((row["val/top1"] for row in self.rows), default=-1.0)
+        self.rows.append(
+            {"epoch": trainer.current_epoch + 1, "lr": trainer.optimizers[0].param_groups[0]["lr"], "seconds": seconds}
+            | {name: metrics[name] for name in ("train/loss", "val/top1", "val/top1_raw")}
+        )
+        if metrics["val/top1"] > best:
+            dtype = torch.float16 if self.recipe.half else torch.float32
+            write_weights(self.folder / "weights.safetensors", module, dtype, len(self.rows), metrics["val/top1"])
+        with atomic(self.folder / "curve.csv") as path, path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        with atomic(self.folder / "last.ckpt") as path:
+            trainer.save_checkpoint(path)
+        left = (self.recipe.epochs - len(self.rows)) * seconds / 60
+        console.print(
+            f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  top-1 "
+            f"{metrics['val/top1']:.2%} (raw weights {metrics['val/top1_raw']:.2%})  {seconds:.0f} s, {left:.0f} min left"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+class EpochOrder(Sampler[Tensor]):
+    """Whole batches of indices in an order that depends on (seed, epoch) alone; an incomplete last batch is left out.
+
+    Args:
+        count: images. batch_size: per batch. seed: of the order.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, min(batch_size, count), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(self.count))
+        yield from order[: len(self) * self.batch_size].split(self.batch_size)
+
+
+def pretrain(
+    network: nn.Module,
+    train: Pair,
+    val: Pair,
+    folder: Path,
+    recipe: Recipe,
+    classes: int | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> Path:
+    """Train, or go on from folder/last.ckpt, and return folder/weights.safetensors: the best average.
+
+    Args:
+        network: a classifier, for example timm.create_model(..., num_classes=classes).
+        train, val: (images, labels); images (n, C, H, W) uint8 or float in [0, 1], labels (n,) integers from 0.
+        folder: for last.ckpt, curve.csv and weights.safetensors. recipe: see `Recipe`.
+        classes: number of outputs; by default the largest label + 1.
+        trainer: further options of lightning.Trainer, such as accelerator or precision ("bf16-mixed").
+
+    Raises:
+        ValueError: for no images, or for a checkpoint made with another recipe (epochs and compile may change).
+    """
+    if not len(train[0]) or not len(val[0]):
+        raise ValueError(f"pretraining needs images, received {len(train[0])} to train on and {len(val[0])} to validate on")
+    classes = int(train[1].max()) + 1 if classes is None else classes
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "last.ckpt"
+    _same_recipe(folder / "recipe.json", recipe, checkpoint.exists())
+    mean, std = channel_statistics(train[0])
+    scale = 255 if train[0].dtype == torch.uint8 else 1
+    module = Pretrain(network, recipe, classes, mean / scale, std / scale)
+    orders = EpochOrder(len(train[0]), recipe.batch_size, recipe.seed)
+    options = dict(accelerator="auto", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False)
+    options |= dict(num_sanity_val_steps=0, callbacks=[Keep(folder, recipe)], max_epochs=recipe.epochs)
+    options |= dict(accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.clip, **(trainer or {}))
+    loaders = [
+        DataLoader(TensorDataset(train[0], train[1].long()), batch_size=None, sampler=orders),
+        DataLoader(TensorDataset(val[0], val[1].long()), batch_size=min(500, len(val[0]))),
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are cut from memory
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
+        fit = L.Trainer(**options).fit
+        fit(module, loaders[0], loaders[1], ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+    return folder / "weights.safetensors"
+
+
+def unit_range(images: Tensor) -> Float[Tensor, "b c h w"]:
+    """uint8 images to [0, 1]; float images as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """θ̄ ← decay θ̄ + (1 − decay) θ for parameters; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        old.copy_(new)
+
+
+def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, top1: float) -> None:
+    """The averaged weights as safetensors, with what a reader needs to use them as metadata."""
+    state = {name: value.to(dtype) for name, value in module.average.state_dict().items() if value.is_floating_point()}
+    mean, std = (json.dumps([round(value, 6) for value in part.flatten().tolist()]) for part in (module.mean, module.std))
+    write_tensors(path, state, {"epoch": str(epoch), "val_top1": f"{top1:.6f}", "mean": mean, "std": std})
+
+
+def _frozen_copy(network: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(network).requires_grad_(False).eval()
+
+
+def _same_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:
+    values = json.loads(json.dumps(asdict(recipe)))
+    if resuming and path.exists():
+        stored = json.loads(path.read_text())
+        changed = [k for k in values if stored.get(k) != values[k] and k not in ("epochs", "decay_epochs", "compile")]
+        if changed:
+            raise ValueError(
+                f"{path.parent} holds a run with other options ({', '.join(changed)}): "
+                f"use another folder, or remove last.ckpt there"
+            )
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
