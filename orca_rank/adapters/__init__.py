@@ -1,0 +1,43 @@
+"""Adapters for the Linears of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
+
+from orca_rank.adapters.dylora import DyLoRA, cut, evaluate_ranks, set_rank
+from orca_rank.adapters.inject import (
+    adapter_state_dict,
+    describe,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    trainable_adapter_parameters,
+    unload,
+    unmerge,
+)
+from orca_rank.adapters.linear import AdaptedLinear, adapted, adapters
+from orca_rank.adapters.lora import LoRA, NotExpressible
+from orca_rank.adapters.peft_format import load_peft, save_peft
+from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter_groups
+
+__all__ = [
+    "AdaptedLinear",
+    "DyLoRA",
+    "LoRA",
+    "NotExpressible",
+    "adapted",
+    "adapter_state_dict",
+    "adapters",
+    "begin_step",
+    "cut",
+    "describe",
+    "end_step",
+    "evaluate_ranks",
+    "extra_loss",
+    "inject",
+    "load_adapter_state_dict",
+    "load_peft",
+    "merge",
+    "parameter_groups",
+    "save_peft",
+    "set_rank",
+    "trainable_adapter_parameters",
+    "unload",
+    "unmerge",
+]

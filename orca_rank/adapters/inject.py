@@ -1,0 +1,190 @@
+"""Put adapters into a model, fold them in and out, and carry their tensors."""
+
+import logging
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters
+from orca_rank.adapters.lora import LoRA
+
+log = logging.getLogger(__name__)
+
+
+def inject(
+    model: nn.Module,
+    plan: Any,
+    adapter: Callable[..., nn.Module] = LoRA,
+    *,
+    freeze: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
+    """Adapt the named Linears of ``model`` in place, each at the rank that the plan gives it.
+
+    A name is a module path inside ``model``. ``<module>.q``, ``.k`` and ``.v`` adapt the thirds of a fused Linear
+    (out_features divisible by 3) separately, as LoRA does on models with three matrices. Rank 0 leaves a layer alone.
+    Everything is checked before anything is changed.
+
+    Args:
+        model: any module that contains the Linears.
+        plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
+        adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it.
+        freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
+        generator: source of the random initial values.
+
+    Returns:
+        layer -> adapter for every rank above 0; `describe` prints it.
+
+    Raises:
+        KeyError: for a name that is no module. TypeError: for a module that is no Linear, or a rank that is no integer.
+        ValueError: for a negative rank, a rank above min(d_in, d_out) unless ``plan.allow_above_full``, a matrix
+            adapted both fused and in thirds, or a model that already has adapters.
+    """
+    ranks = getattr(plan, "ranks", plan)
+    if not isinstance(ranks, Mapping):
+        raise TypeError(f"plan is a {type(plan).__name__}; expected a RankPlan or a mapping of layer to rank")
+    if present := adapted(model):
+        raise ValueError(f"the model is adapted already ({len(present)} layers): call unload(model) first")
+    above = bool(getattr(plan, "allow_above_full", False))
+    targets = _check(model, ranks, above)
+    build = {
+        module: {
+            part: adapter(_rows(base.weight, part), rank, name=_name(module, part), generator=generator)
+            for part, rank in parts.items()
+        }
+        for module, (base, parts) in targets.items()
+    }
+    if freeze:
+        model.requires_grad_(False)
+    for module, branches in build.items():
+        parent, _, child = module.rpartition(".")
+        setattr(model.get_submodule(parent), child, AdaptedLinear(targets[module][0], branches))
+    found = adapters(model)
+    log.info("%s", describe(model))
+    return found
+
+
+def _check(model: nn.Module, ranks: Mapping[str, Any], above: bool) -> dict[str, tuple[nn.Linear, dict[str, int]]]:
+    """Module path -> (Linear, part -> rank above 0), or an error about the first entry that does not fit."""
+    modules = dict(model.named_modules())
+    targets: dict[str, tuple[nn.Linear, dict[str, int]]] = {}
+    named: dict[str, set[str]] = {}
+    for name, rank in ranks.items():
+        module, part = _resolve(modules, name)
+        base = modules[module]
+        if isinstance(rank, bool) or not isinstance(rank, Integral):
+            raise TypeError(f"{name}: rank is {rank!r}; expected an integer")
+        full = min(base.in_features, base.out_features if part == WHOLE else base.out_features // 3)
+        if rank < 0:
+            raise ValueError(f"{name}: rank is {rank}; expected 0 or more (0 leaves the layer alone)")
+        if rank > full and not above:
+            raise ValueError(
+                f"{name}: rank is {rank} but the matrix has full rank {full}; lower it, or say allow_above_full=True"
+            )
+        named.setdefault(module, set()).add(part)
+        if WHOLE in named[module] and len(named[module]) > 1:
+            raise ValueError(f"{module} is adapted both as a whole and in thirds ({name}); choose one")
+        if rank:
+            targets.setdefault(module, (base, {}))[1][part] = int(rank)
+    return {module: (base, {p: parts[p] for p in (WHOLE, *THIRDS) if p in parts})
+            for module, (base, parts) in targets.items()}  # fmt: skip
+
+
+def _resolve(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
+    """A plan's name -> module path and part."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"a layer is named {name!r}; expected a module path (wrap a bare Linear in a Sequential)")
+    module, part = name, WHOLE
+    if name not in modules:
+        module, _, part = name.rpartition(".")
+        if part not in THIRDS or module not in modules:
+            linear = [path for path, found in modules.items() if isinstance(found, nn.Linear)]
+            raise KeyError(f"no module is called {name!r}; the Linear layers are {linear[:8]} ({len(linear)} in all)")
+    base = modules[module]
+    if not isinstance(base, nn.Linear):
+        raise TypeError(f"{name} is a {type(base).__name__}; only nn.Linear can be adapted")
+    if part != WHOLE and base.out_features % 3:
+        raise ValueError(f"{name}: {module} has {base.out_features} outputs, which do not split into q, k and v")
+    if not base.weight.is_floating_point():
+        raise TypeError(f"{name}: its weight is {base.weight.dtype}; expected a floating-point matrix")
+    return module, part
+
+
+def _name(module: str, part: str) -> str:
+    return module if part == WHOLE else f"{module}.{part}"
+
+
+def _rows(weight: Tensor, part: str) -> Tensor:
+    return weight.detach() if part == WHOLE else weight.detach().chunk(3)[THIRDS.index(part)]
+
+
+def describe(model: nn.Module) -> str:
+    """What is adapted: a line for each layer with its shape, rank and trainable parameters, and the total."""
+    found = adapters(model)
+    counts = {name: sum(p.numel() for p in a.parameters() if p.requires_grad) for name, a in found.items()}
+    width = max((len(name) for name in found), default=0)
+    lines = [
+        f"{name:<{width}}  {type(a).__name__}  {a.d_in} -> {a.d_out}  rank {a.rank:>4}  {counts[name]:>9,}"
+        for name, a in found.items()
+    ]
+    return "\n".join([*lines, f"{len(found)} layers adapted, {sum(counts.values()):,} trainable parameters"])
+
+
+def merge(model: nn.Module) -> None:
+    """Fold every ΔW into its W₀. Doing it twice changes nothing; W₀ is kept aside until `unmerge` or `unload`."""
+    for module in adapted(model).values():
+        module.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Give every W₀ its very bits back."""
+    for module in adapted(model).values():
+        module.unmerge()
+
+
+def unload(model: nn.Module) -> None:
+    """Replace every adapted Linear by a plain one with the weight it has now: call `merge` first to keep ΔW."""
+    for name, module in adapted(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.bare())
+
+
+def trainable_adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters that learn."""
+    return [p for adapter in adapters(model).values() for p in adapter.parameters() if p.requires_grad]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone, by their names in ``model.state_dict()``; nothing of the model they sit in."""
+    return {
+        f"{name}.branches.{key}": value.detach()
+        for name, module in adapted(model).items()
+        for key, value in module.branches.state_dict().items()
+    }
+
+
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `adapter_state_dict` back, strictly.
+
+    Raises:
+        KeyError: for missing or unexpected tensors. ValueError: for a shape that differs. TypeError: for another dtype.
+    """
+    merged = [name for name, module in adapted(model).items() if module.merged]
+    if merged:
+        raise ValueError(f"{merged[0]} is merged; call unmerge(model) before loading other adapters")
+    own = adapter_state_dict(model)
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise KeyError(f"adapters do not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}")
+    for name, value in own.items():
+        given = state[name]
+        if given.shape != value.shape:
+            raise ValueError(f"{name}: the file has shape {tuple(given.shape)}, the model {tuple(value.shape)}")
+        if given.dtype != value.dtype:
+            raise TypeError(f"{name}: the file has {given.dtype}, the model {value.dtype}; convert it first")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])

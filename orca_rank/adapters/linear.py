@@ -1,0 +1,120 @@
+"""A Linear that carries adapters: the frozen matrix keeps its name, so checkpoints of the bare model still load."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+WHOLE = "all"
+THIRDS = ("q", "k", "v")
+
+
+class AdaptedLinear(nn.Linear):
+    """y = (W₀ + ΔW) x + bias with ΔW the adapters' (Hu et al. 2021).
+
+    It holds the very Parameters of the Linear that it replaces, under the same names, and its adapters in
+    ``branches``: one called ``all``, or some of ``q``, ``k``, ``v`` that each adapt a third of a fused matrix.
+
+    Args:
+        base: the Linear to replace.
+        branches: part -> adapter.
+    """
+
+    def __init__(self, base: nn.Linear, branches: Mapping[str, nn.Module]) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.branches = nn.ModuleDict(dict(branches))
+        self.register_buffer("unmerged_weight", None, persistent=False)
+        self.train(base.training)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    def rows(self, part: str) -> slice:
+        """The rows of W, and columns of y, that a part adapts."""
+        if part == WHOLE:
+            return slice(0, self.out_features)
+        third = self.out_features // 3
+        start = THIRDS.index(part) * third
+        return slice(start, start + third)
+
+    def assemble(self, parts: Mapping[str, Tensor | None]) -> Tensor | None:
+        """Rows of the parts put in their place, zeros elsewhere; None when every part is None."""
+        present = {part: value for part, value in parts.items() if value is not None}
+        if not present:
+            return None
+        some = next(iter(present.values()))
+        if WHOLE in present:
+            return some
+        zero = torch.zeros_like(some)
+        return torch.cat([present.get(part, zero) for part in THIRDS])
+
+    def base_weight(self) -> Tensor:
+        """W₀, or W₀ plus what the adapters add without learning it."""
+        offset = self.assemble({part: branch.offset() for part, branch in self.branches.items()})
+        return self.weight if offset is None else self.weight + offset.to(self.weight.dtype)
+
+    def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.base_weight(), self.bias)
+        dropped = F.dropout(x, self.dropout, self.training)
+        if WHOLE in self.branches:
+            return y + self.branches[WHOLE](dropped)
+        pieces = [self.branches[part](dropped) if part in self.branches else None for part in THIRDS]
+        third = self.out_features // 3
+        pieces = [y.new_zeros(*y.shape[:-1], third) if piece is None else piece for piece in pieces]
+        return y + torch.cat(pieces, dim=-1)
+
+    @property
+    def dropout(self) -> float:
+        return next(iter(self.branches.values())).dropout
+
+    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """ΔW of the whole matrix, detached.
+
+        Raises:
+            ValueError: when an adapter is not linear in x and so has no ΔW.
+        """
+        with torch.no_grad():
+            return self.assemble({part: branch.delta_weight() for part, branch in self.branches.items()})
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W₀ + ΔW, once. W₀ is kept aside, so that ``unmerge`` gives its very bits back."""
+        if not self.merged:
+            delta = self.delta_weight()
+            self.unmerged_weight = self.weight.detach().clone()
+            self.weight.add_(delta.to(self.weight.dtype))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W ← W₀; nothing happens when nothing is merged."""
+        if self.merged:
+            self.weight.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+    def bare(self) -> nn.Linear:
+        """A plain Linear over the same Parameters, as they stand (merged or not)."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear.train(self.training)
+
+
+def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Every adapted Linear of the model by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """Every adapter by the name the rank plan uses: the module path, with ``.q``, ``.k`` or ``.v`` for a third."""
+    return {
+        name if part == WHOLE else f"{name}.{part}": branch
+        for name, module in adapted(model).items()
+        for part, branch in module.branches.items()
+    }

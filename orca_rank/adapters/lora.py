@@ -1,0 +1,188 @@
+"""LoRA and the form every low-rank adapter of this package shares: two small matrices for one large one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+SCALINGS = ("lora", "rslora")
+INITS = ("kaiming", "gaussian", "directions", "pissa", "symmetric")
+
+
+class NotExpressible(ValueError):
+    """The adapter has no plain LoRA with the same ΔW, so PEFT's layout cannot hold it."""
+
+
+def scale_of(alpha: float | int, rank: int, scaling: str) -> float:
+    """s = α/r (``lora``, Hu et al. 2021) or α/√r (``rslora``, Kalajdzievski 2023).
+
+    Raises:
+        ValueError: for another scaling.
+    """
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling is {scaling!r}; expected one of {SCALINGS}")
+    return alpha / rank if scaling == "lora" else alpha / math.sqrt(rank)
+
+
+class LoRA(nn.Module):
+    """ΔW = s B A for one matrix W₀ (d_out × d_in): Hu et al. 2021, eq. 3.
+
+    ``frozen="A"`` is LoRA-FA (only B learns, so x need not be kept), ``frozen="B"`` is LoRA-FB (B random, A starts at
+    zero). ``init``:
+
+    * ``kaiming`` A uniform as in the reference code, B = 0; ``gaussian`` A ~ N(0, 1/r), B = 0;
+    * ``directions`` A (and B, if given) from ``directions[name]``: with B the adapter starts at ΔW = B A;
+    * ``symmetric`` W₀ − s B₀A₀ + s B A, both factors random (kexue.fm/9590);
+    * ``pissa`` the same with B₀A₀ = the r leading singular triplets of W₀ (Meng et al. 2024).
+
+    Args:
+        weight: the matrix to adapt, (d_out, d_in); only its shape, device and dtype are used, and its values by pissa.
+        rank: r ≥ 1.
+        name: the layer, for messages and for ``directions``.
+        alpha: α of the scale.
+        scaling: ``lora`` or ``rslora``.
+        dropout: probability of dropping an entry of x on its way into A.
+        init: see above.
+        directions: layer -> A (≥ r, d_in), or a pair of A and B (d_out, ≥ r); the first r are used.
+        frozen: None, "A" or "B".
+        generator: source of randomness; None is torch's global one.
+
+    Raises:
+        ValueError: for an option or a shape that does not fit; KeyError: when ``directions`` lacks the layer.
+    """
+
+    low_rank = True
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "d_out d_in"],
+        rank: int,
+        *,
+        name: str = "",
+        alpha: float | int = 16.0,
+        scaling: str = "lora",
+        dropout: float | int = 0.0,
+        init: str = "kaiming",
+        directions: Mapping[str, Any] | None = None,
+        frozen: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"{name}: rank is {rank}; an adapter needs at least 1 (rank 0 means no adapter)")
+        if init not in INITS:
+            raise ValueError(f"{name}: init is {init!r}; expected one of {INITS}")
+        if frozen not in (None, "A", "B"):
+            raise ValueError(f"{name}: frozen is {frozen!r}; expected None, 'A' or 'B'")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{name}: dropout is {dropout}; expected a probability in [0, 1)")
+        self.name, self.rank = name, rank
+        self.active = rank  # how many of the r rows and columns are in use
+        self.alpha, self.scaling, self.dropout = float(alpha), scaling, float(dropout)
+        self.d_out, self.d_in = weight.shape
+        # Small matrices in half precision lose the optimiser's small updates, so they are kept in float32.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        like = {"device": weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.d_in, **like), requires_grad=frozen != "A")
+        self.lora_B = nn.Parameter(torch.zeros(self.d_out, rank, **like), requires_grad=frozen != "B")
+        self.start_A: Tensor | None
+        self.start_B: Tensor | None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self._initialise(weight.detach(), init, frozen, (directions or {}), generator)
+
+    @torch.no_grad()
+    def _initialise(
+        self, weight: Tensor, init: str, frozen: str | None, directions: Mapping[str, Any], generator: Any
+    ) -> None:
+        if init == "directions":
+            self._given(directions)
+        elif init == "pissa":
+            u, s, v = torch.linalg.svd(weight.to(self.lora_A.dtype), full_matrices=False)
+            if self.rank > len(s):
+                raise ValueError(f"{self.name}: pissa has {len(s)} singular vectors, rank {self.rank} asks for more")
+            root = s[: self.rank].sqrt()
+            self.lora_A.copy_(root[:, None] * v[: self.rank])
+            self.lora_B.copy_(u[:, : self.rank] * root / self.scale)
+        else:
+            small = self.lora_B if frozen == "B" else self.lora_A
+            if init == "gaussian" or frozen == "B":
+                small.normal_(0.0, self.rank**-0.5, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(small, a=math.sqrt(5), generator=generator)
+            if init == "symmetric":
+                self.lora_A.normal_(0.0, self.rank**-0.5, generator=generator)
+                self.lora_B.normal_(0.0, self.d_out**-0.5, generator=generator)
+        if init in ("pissa", "symmetric"):
+            self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def _given(self, directions: Mapping[str, Any]) -> None:
+        if self.name not in directions:
+            raise KeyError(f"init='directions' has nothing for {self.name!r}; it knows {sorted(directions)[:5]}")
+        given = directions[self.name]
+        a, b = given if isinstance(given, tuple | list) else (given, None)
+        if a.ndim != 2 or a.shape[0] < self.rank or a.shape[1] != self.d_in:
+            raise ValueError(f"{self.name}: A is {tuple(a.shape)}; expected (at least {self.rank}, {self.d_in})")
+        self.lora_A.copy_(a[: self.rank])
+        if b is not None:
+            if b.ndim != 2 or b.shape[0] != self.d_out or b.shape[1] < self.rank:
+                raise ValueError(f"{self.name}: B is {tuple(b.shape)}; expected ({self.d_out}, at least {self.rank})")
+            self.lora_B.copy_(b[:, : self.rank] / self.scale)
+
+    @property
+    def scale(self) -> float:
+        return scale_of(self.alpha, self.active, self.scaling)
+
+    def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        """(A, sB) of this step: the trained part of ΔW is their product, and gradients flow through it."""
+        return self.lora_A, self.scale * self.lora_B
+
+    def offset(self) -> Float[Tensor, "d_out d_in"] | None:
+        """The part of ΔW that does not learn, −s B₀A₀; None where there is none."""
+        if self.start_A is None or self.start_B is None:
+            return None
+        return -self.scale * (self.start_B @ self.start_A)
+
+    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """ΔW as the model uses it now."""
+        a, b = self.factors()
+        offset = self.offset()
+        return b @ a if offset is None else b @ a + offset
+
+    def plain(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float]:
+        """(A, B, s) of the plain LoRA with the same ΔW = s B A, for checkpoints.
+
+        Raises:
+            NotExpressible: in variants whose ΔW has no low-rank form.
+        """
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A.detach(), self.lora_B.detach(), self.scale
+        a = torch.cat([self.lora_A, self.start_A])  # (2r, d_in)
+        b = torch.cat([self.lora_B, -self.start_B], dim=1)  # (d_out, 2r)
+        return a.detach(), b.detach(), self.scale
+
+    def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
+        """ΔW x without its offset, never forming ΔW: O(r(d_in + d_out)) per token."""
+        a, b = self.factors()
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    def begin_step(self, generator: torch.Generator | None = None) -> None:
+        """Called before an optimiser step's first forward pass; plain LoRA needs nothing."""
+
+    def end_step(self) -> None:
+        """Called after the optimiser's step; plain LoRA needs nothing."""
+
+    def extra_loss(self) -> Tensor | None:
+        """A term to add to the loss, or None."""
+        return None
+
+    def parameters_like_b(self) -> list[nn.Parameter]:
+        """The parameters that LoRA+ gives the larger learning rate."""
+        return [self.lora_B]
+
+    def extra_repr(self) -> str:
+        return f"{self.d_in} -> {self.d_out}, rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling}"

@@ -1,0 +1,183 @@
+"""Files: PEFT loads what we write with the same outputs, we load what PEFT writes, and nothing is ignored."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from orca_rank.adapters import LoRA, adapter_state_dict, adapters, inject, load_peft, save_peft
+
+peft = pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
+timm = pytest.importorskip("timm")
+
+WEIGHTS = "adapter_model.safetensors"
+PLANS = {
+    "fused": {"layers.0.blocks.0.attn.qkv": 4, "layers.0.blocks.0.mlp.fc1": 2, "layers.1.blocks.1.attn.proj": 4},
+    "separate": {f"layers.0.blocks.1.attn.qkv.{part}": 3 for part in "qkv"} | {"layers.1.blocks.0.mlp.fc2": 3},
+    "uneven": {"layers.0.blocks.1.attn.qkv.q": 1, "layers.0.blocks.1.attn.qkv.v": 5, "layers.0.blocks.0.mlp.fc2": 2},
+}
+
+
+def swin() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=28, embed_dim=12, depths=(2, 2), num_heads=(2, 2), num_classes=3
+    ).eval()
+
+
+def adapted_swin(plan, **options):
+    model = swin()
+    inject(model, plan, partial(LoRA, **options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.normal_(0, 0.3)
+    return model.eval()
+
+
+X = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "rslora", "alpha": 5}, {"init": "symmetric"}, {"init": "pissa"}])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.filterwarnings("ignore")  # PEFT and timm speak about their own future
+def test_peft_gives_the_same_outputs(plan, options, tmp_path):
+    model = adapted_swin(PLANS[plan], **options)
+    save_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(swin(), tmp_path).eval()
+    assert torch.allclose(theirs(X), model(X), atol=2e-6)
+    assert not torch.allclose(swin()(X), model(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "rslora", "alpha": 5, "dropout": 0.1}])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_way_back_into_a_bare_model(plan, options, tmp_path):
+    model = adapted_swin(PLANS[plan], **options)
+    save_peft(model, tmp_path)
+    other = swin()
+    found = load_peft(other, tmp_path)
+    assert {name: a.rank for name, a in found.items()} == PLANS[plan]
+    assert torch.allclose(other(X), model(X), atol=2e-6)
+    again = adapted_swin(PLANS[plan], **options)
+    torch.nn.init.zeros_(next(iter(adapters(again).values())).lora_B)
+    load_peft(again, tmp_path)
+    assert torch.allclose(again(X), model(X), atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_reads_what_peft_writes(tmp_path):
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=["qkv", "fc1"], rank_pattern={"fc1": 2}, alpha_pattern={"qkv": 5},
+        modules_to_save=["head.fc"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(swin(), config).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    model = swin()
+    found = load_peft(model, tmp_path)
+    assert {a.rank for a in found.values()} == {2, 3} and len(found) == 8
+    assert torch.allclose(model(X), theirs(X), atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whole_modules_travel_along(tmp_path):
+    model = adapted_swin(PLANS["fused"])
+    with torch.no_grad():
+        model.head.fc.weight.add_(1.0)
+    save_peft(model, tmp_path, modules_to_save=["head.fc"])
+    other = swin()
+    load_peft(other, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(swin(), tmp_path).eval()
+    assert torch.allclose(other(X), model(X), atol=2e-6) and torch.allclose(theirs(X), model(X), atol=2e-6)
+    with pytest.raises(KeyError, match="nothing"):
+        save_peft(model, tmp_path, modules_to_save=["nothing"])
+
+
+class Nested(nn.Module):
+    """Two layers whose names end alike, which suffix matching confuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.inner["fc"](self.fc(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("plan", [{"fc": 1}, {"fc": 1, "inner.fc": 3}, {"inner.fc": 2}])
+def test_names_that_end_alike_stay_apart(plan, tmp_path):
+    torch.manual_seed(0)
+    model = Nested()
+    bare = {name: value.clone() for name, value in model.state_dict().items()}
+    inject(model, plan)
+    for adapter in adapters(model).values():
+        nn.init.normal_(adapter.lora_B)
+    save_peft(model, tmp_path)
+    theirs = Nested()
+    theirs.load_state_dict(bare)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.allclose(theirs(x), model(x), atol=1e-6)
+
+
+def test_all_zero_plan_saves_and_loads(tmp_path):
+    model = swin()
+    inject(model, {"layers.0.blocks.0.attn.qkv": 0})
+    save_peft(model, tmp_path)
+    other = swin()
+    assert load_peft(other, tmp_path) == {}
+    assert torch.equal(other(X), model(X))
+
+
+def test_the_file_is_no_larger_than_its_parameters(tmp_path):
+    model = adapted_swin({name: 8 for name, m in swin().named_modules() if name.endswith(("qkv", "proj", "fc1", "fc2"))
+                          and isinstance(m, nn.Linear)})  # fmt: skip
+    save_peft(model, tmp_path)
+    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert (tmp_path / WEIGHTS).stat().st_size <= 1.02 * trainable + 4096
+    assert trainable == sum(v.numel() * 4 for v in adapter_state_dict(model).values())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", WEIGHTS]
+
+
+def test_strict_reading(tmp_path):
+    save_peft(adapted_swin(PLANS["fused"]), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    a = next(key for key in tensors if "lora_A" in key)
+    cases = [
+        ({k: v for k, v in tensors.items() if k != a}, KeyError, "only lora_B"),
+        ({**tensors, "base_model.model.more": tensors[a].clone()}, KeyError, "unexpected"),
+        ({**tensors, a: tensors[a][:, :-1].contiguous()}, ValueError, "expected"),
+        ({k.replace("mlp.fc1", "mlp.fc9"): v for k, v in tensors.items()}, KeyError, "no Linear"),
+    ]
+    for given, error, message in cases:
+        save_file(given, tmp_path / WEIGHTS, {"format": "pt"})
+        model = swin()
+        with pytest.raises(error, match=message):
+            load_peft(model, tmp_path)
+        assert not adapters(model)
+    with pytest.raises(FileNotFoundError, match="save_peft"):
+        load_peft(swin(), tmp_path / "nowhere")
+
+
+def test_other_layers_or_methods_are_refused(tmp_path):
+    save_peft(adapted_swin(PLANS["fused"]), tmp_path)
+    with pytest.raises(KeyError, match="different layers"):
+        load_peft(adapted_swin(PLANS["separate"]), tmp_path)
+    wider = {name: rank + 1 for name, rank in PLANS["fused"].items()}
+    with pytest.raises(ValueError, match="rank"):
+        load_peft(adapted_swin(wider), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for change, message in (({"peft_type": "LOHA"}, "LOHA"), ({"use_dora": True}, "use_dora")):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_peft(swin(), tmp_path)
