@@ -48,7 +48,7 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
         if path.suffix == ".npy":
             arrays = {"": np.load(path, allow_pickle=False)}
         elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _present(path, list(file.files), names)}
         elif path.suffix in (".h5", ".hdf5"):
             with h5py.File(path, "r") as file:

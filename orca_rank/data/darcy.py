@@ -7,6 +7,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Darcy(InMemory):
         train_limit: int | None = None,
         test_limit: int | None = None,
         data_seed: int = 0,
-        files: tuple[str, str] | list[str] = (
+        files: Sequence[str] = (
             "piececonst_r421_N1024_smooth1.mat",
             "piececonst_r421_N1024_smooth2.mat",
         ),

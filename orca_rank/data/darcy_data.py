@@ -162,7 +162,7 @@ def _write(path: Path, data: DarcyArrays) -> None:
 
 def _read(path: Path) -> DarcyArrays:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return DarcyArrays(file["coefficient"], file["solution"], json.loads(str(file["metadata"])))
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
         raise ValueError(

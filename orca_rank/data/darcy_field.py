@@ -94,8 +94,10 @@ def sample_coefficient(
     """
     if not (low > 0 and high > 0):
         raise ValueError(f"the coefficient must be positive, received low={low}, high={high}")
+    if n < 0:
+        raise ValueError(f"expected n >= 0, received n={n}")
     out = np.empty((n, K, K), dtype=dtype)
-    for i in range(n):
+    for i in range(n):  # one field at a time, to hold one in memory
         field = gaussian_field(
             1, K, seed=seed, first=first + i, stream=stream, alpha=alpha, tau=tau, positions=positions
         )
