@@ -1,5 +1,6 @@
 """Adapters for the Linears of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
 
+from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.dylora import DyLoRA, cut, evaluate_ranks, set_rank
 from orca_rank.adapters.inject import (
     adapter_state_dict,
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "parameter_groups",
     "save_peft",
+    "set_memory",
     "set_rank",
     "trainable_adapter_parameters",
     "unload",

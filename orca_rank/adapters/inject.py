@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters
 from orca_rank.adapters.lora import LoRA
 
@@ -19,6 +20,7 @@ def inject(
     plan: Any,
     adapter: Callable[..., nn.Module] = LoRA,
     *,
+    memory: str = "balanced",
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
@@ -32,6 +34,7 @@ def inject(
         model: any module that contains the Linears.
         plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
         adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it.
+        memory: what a training step keeps: ``plain`` | ``balanced`` | ``lean``, see `set_memory`.
         freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
         generator: source of the random initial values.
 
@@ -62,6 +65,7 @@ def inject(
     for module, branches in build.items():
         parent, _, child = module.rpartition(".")
         setattr(model.get_submodule(parent), child, AdaptedLinear(targets[module][0], branches))
+    set_memory(model, memory)
     found = adapters(model)
     log.info("%s", describe(model))
     return found
@@ -147,6 +151,7 @@ def unmerge(model: nn.Module) -> None:
 
 def unload(model: nn.Module) -> None:
     """Replace every adapted Linear by a plain one with the weight it has now: call `merge` first to keep ΔW."""
+    set_memory(model, "plain")
     for name, module in adapted(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.bare())

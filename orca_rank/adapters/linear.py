@@ -1,6 +1,6 @@
 """A Linear that carries adapters: the frozen matrix keeps its name, so checkpoints of the bare model still load."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from orca_rank.adapters.lean import LeanLinear, prefers_dense
+
 WHOLE = "all"
 THIRDS = ("q", "k", "v")
+MEMORY = ("plain", "balanced", "lean")
 
 
 class AdaptedLinear(nn.Linear):
@@ -28,6 +31,7 @@ class AdaptedLinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         self.branches = nn.ModuleDict(dict(branches))
+        self.memory = "plain"
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base.training)
 
@@ -62,6 +66,8 @@ class AdaptedLinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        if self.is_lean:
+            return self.after(None, x)
         y = F.linear(x, self.base_weight(), self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
         if WHOLE in self.branches:
@@ -70,6 +76,34 @@ class AdaptedLinear(nn.Linear):
         third = self.out_features // 3
         pieces = [y.new_zeros(*y.shape[:-1], third) if piece is None else piece for piece in pieces]
         return y + torch.cat(pieces, dim=-1)
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether the fast path applies now: it wants frozen W₀ and bias, adapters with two factors, and no dropout.
+
+        A compiler sees the plain operations and plans its own recomputation.
+        """
+        return not (
+            self.memory == "plain"
+            or self.merged
+            or torch.compiler.is_compiling()
+            or self.weight.requires_grad
+            or (self.bias is not None and self.bias.requires_grad)
+            or (self.training and self.dropout > 0)
+            or not all(branch.low_rank for branch in self.branches.values())
+        )
+
+    def after(self, before: Callable[..., Tensor] | None, *inputs: Tensor) -> Tensor:
+        """The layer applied to ``before(*inputs)``, which the backward pass computes again instead of keeping it."""
+        device = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
+        factors = [branch.factors() for branch in self.branches.values()]
+        a = torch.cat([a for a, _ in factors]) if len(factors) > 1 else factors[0][0]
+        bs = [b.to(dtype) for _, b in factors]
+        rows = [self.rows(part) for part in self.branches]
+        dense = sum(prefers_dense(b.shape[1], self.in_features, len(b)) for b in bs) == len(bs)
+        return LeanLinear.apply(before, rows, dense, self.base_weight(), self.bias, a.to(dtype), *bs, *inputs)
 
     @property
     def dropout(self) -> float:

@@ -1,0 +1,167 @@
+"""Lean forward passes of timm's Swin and ViT blocks: they hand each adapted Linear what comes before it.
+
+Nothing of timm is imported: a block is recognised by the parts that its forward pass reads. Where something is in the way
+(a hook, a trained LayerNorm, active dropout, padding, compilation, no gradient) the block runs its own code.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orca_rank.adapters.linear import MEMORY, AdaptedLinear
+
+SWIN = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "window_size", "shift_size", "attn_mask")
+SWIN_ATTENTION = ("qkv", "attn_drop", "softmax", "proj", "proj_drop", "num_heads", "scale", "_get_rel_pos_bias")
+VIT = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
+
+
+def set_memory(model: nn.Module, memory: str) -> None:
+    """Choose what a training step keeps.
+
+    Args:
+        model: with adapters.
+        memory: ``plain`` is ordinary autograd, the readable reference; ``balanced`` rebuilds LayerNorm and GELU outputs
+            and attention's weighted sums in the backward pass; ``lean`` rebuilds the attention weights too.
+
+    Raises:
+        ValueError: for another mode.
+    """
+    if memory not in MEMORY:
+        raise ValueError(f"memory is {memory!r}; expected one of {MEMORY}")
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.memory = memory
+    for block in model.modules():
+        if not (_is_swin(block) or _is_vit(block)):
+            continue
+        vars(block).pop("forward", None)
+        if memory != "plain" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
+            swin = swin_lean if memory == "lean" else swin_block
+            block.forward = MethodType(swin if _is_swin(block) else vit_block, block)
+
+
+def _has(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return all(hasattr(module, name) for name in names)
+
+
+def _is_swin(block: nn.Module) -> bool:
+    return _has(block, SWIN) and _has(block.attn, SWIN_ATTENTION) and _has(block.mlp, MLP)
+
+
+def _is_vit(block: nn.Module) -> bool:
+    return _has(block, VIT) and not hasattr(block, "window_size") and _has(block.mlp, MLP)
+
+
+def _in_the_way(block: nn.Module) -> bool:
+    """Whether the block must run its own code."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return True
+    for module in block.modules():
+        if module is not block and (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        ):
+            return True
+    return False
+
+
+def run_after(linear: nn.Module, before: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``linear(before(*inputs))``, keeping the inputs instead of ``before``'s output where the adapters allow it.
+
+    A frozen Linear keeps nothing of its input in any case.
+    """
+    trained = isinstance(before, nn.Module) and any(p.requires_grad for p in before.parameters())
+    if isinstance(linear, AdaptedLinear) and linear.is_lean and not trained:
+        return linear.after(before, *inputs)
+    return linear(before(*inputs))
+
+
+def mlp(module: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """fc2(act(fc1(norm(x)))) of timm's Mlp."""
+    h = run_after(module.fc1, norm, x)  # (..., d) -> (..., 4d)
+    if not isinstance(module.norm, nn.Identity) or (module.drop1.p > 0 and module.training):
+        return module.drop2(module.fc2(module.norm(module.drop1(module.act(h)))))
+    return module.drop2(run_after(module.fc2, module.act, h))
+
+
+def swin_block(block: nn.Module, x: Tensor, keep_weights: bool = True) -> Tensor:
+    """timm's SwinTransformerBlock.forward. (B, H, W, C) -> (B, H, W, C)"""
+    b, h, w, c = x.shape
+    wh, ww = block.window_size
+    attn = block.attn
+    if (
+        _in_the_way(block)
+        or h % wh
+        or w % ww
+        or getattr(block, "dynamic_mask", False)
+        or attn.relative_position_bias_table.requires_grad
+        or (attn.attn_drop.p > 0 and attn.training)
+    ):
+        return type(block).forward(block, x)
+    sy, sx = block.shift_size
+    shifted = torch.roll(x, (-sy, -sx), (1, 2)) if sy or sx else x
+    windows = shifted.view(b, h // wh, wh, w // ww, ww, c).transpose(2, 3).reshape(-1, wh * ww, c)  # (B nW, T, C)
+    y = window_attention(attn, block.norm1, windows, block.attn_mask, keep_weights)
+    y = y.view(b, h // wh, w // ww, wh, ww, c).transpose(2, 3).reshape(b, h, w, c)
+    y = torch.roll(y, (sy, sx), (1, 2)) if sy or sx else y
+    x = (x + block.drop_path1(y)).reshape(b, -1, c)
+    return (x + block.drop_path2(mlp(block.mlp, block.norm2, x))).reshape(b, h, w, c)
+
+
+def swin_lean(block: nn.Module, x: Tensor) -> Tensor:
+    """`swin_block` that keeps no attention weights."""
+    return swin_block(block, x, keep_weights=False)
+
+
+def window_attention(attn: nn.Module, norm: nn.Module, x: Tensor, mask: Tensor | None, keep_weights: bool) -> Tensor:
+    """timm's WindowAttention.forward after its norm, which works token by token and so commutes with windowing."""
+    qkv = run_after(attn.qkv, norm, x)  # (B nW, T, C) -> (B nW, T, 3C)
+    bias = attn._get_rel_pos_bias()  # (1, heads, T, T)
+    if mask is not None:
+        bias = bias + mask.unsqueeze(1)  # (nW, heads, T, T)
+    heads, scale = attn.num_heads, attn.scale
+    if keep_weights:
+        q, k, v = split_heads(qkv, heads)
+        weights = attention_weights(q, k, bias, scale)
+        y = run_after(attn.proj, weighted_sum, weights, v)
+    else:
+        y = run_after(attn.proj, partial(attention, heads=heads, bias=bias, scale=scale), qkv)
+    return attn.proj_drop(y)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, T, 3C) -> q, k, v, each (n, heads, T, C/heads) and contiguous, as batched products need them."""
+    n, t, _ = qkv.shape
+    q, k, v = qkv.view(n, t, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q.contiguous(), k.contiguous(), v.contiguous()
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale q kᵀ + bias), (n, heads, T, T)."""
+    n, heads, t, _ = q.shape
+    scores = bias.to(q.dtype).expand(n // len(bias), *bias.shape).reshape(n * heads, t, t)
+    scores = torch.baddbmm(scores, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+    return torch.softmax(scores.view(n, heads, t, t), dim=-1)
+
+
+def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
+    """(n, heads, T, T) and (n, heads, T, C/heads) -> (n, T, C)."""
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+
+def attention(qkv: Tensor, heads: int, bias: Tensor, scale: float) -> Tensor:
+    """(n, T, 3C) -> (n, T, C)."""
+    q, k, v = split_heads(qkv, heads)
+    return weighted_sum(attention_weights(q, k, bias, scale), v)
+
+
+def vit_block(block: nn.Module, x: Tensor, *args: Tensor, **options: Tensor) -> Tensor:
+    """timm's ViT Block.forward with a lean MLP half. (B, T, C) -> (B, T, C)"""
+    if _in_the_way(block):
+        return type(block).forward(block, x, *args, **options)
+    x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **options)))
+    return x + block.drop_path2(block.ls2(mlp(block.mlp, block.norm2, x)))
