@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -14,21 +15,34 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch.callbacks import Checkpoint
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from orca_rank.artifacts import atomic, write_tensors
+from orca_rank.artifacts import atomic, finished, key, plain, read_json, select, stage_folder, write_json, write_tensors
+from orca_rank.build import build
 from orca_rank.data.augment import Augmentation, mix, soft_labels
 from orca_rank.data.module import channel_statistics
 from orca_rank.stages.muon import MuonAdamW, parameter_groups
 
 console = Console(highlight=False)
 Pair = tuple[Tensor, Tensor]
+# For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
+ON_THE_SPOT = {
+    "epochs": 4,
+    "batch_size": 16,
+    "optimizer": "muon",
+    "lr": 5e-3,
+    "warmup_epochs": 0.5,
+    "ema": 0.95,
+    "augmentation": {"crop_scale": [0.8, 1.0], "crop_ratio": 1.1, "flip": False, "smoothing": 0.05},
+}
 
 
 @dataclass(frozen=True)
@@ -92,14 +106,17 @@ class Pretrain(L.LightningModule):
     """Soft-label cross-entropy on augmented batches, with a moving average of the weights.
 
     Args:
-        network: images (B, C, H, W), normalised → logits (B, classes). recipe: see `Recipe`. classes: number of them.
+        network: images (B, C, H, W), normalised → logits (B, classes); images of another size than its patch_embed
+            takes are resized first. recipe: see `Recipe`. classes: number of them.
         mean, std: of the channels of images in [0, 1], each (C, 1, 1).
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network, self.recipe, self.classes = network, recipe, classes
-        self.average = _frozen_copy(network)
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        patches = getattr(network, "patch_embed", None)
+        self.size: tuple[int, int] | None = None if patches is None else tuple(patches.img_size)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
@@ -112,12 +129,14 @@ class Pretrain(L.LightningModule):
         return (x - self.mean) / self.std
 
     def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.recipe.seed + 7919 * self.current_epoch)  # dropout and drop path, the same after a resume
+        torch.manual_seed(
+            self.recipe.seed + 7919 * self.current_epoch
+        )  # dropout and drop path, the same after a resume
 
     def training_step(self, batch: Pair, index: int) -> Tensor:
         images, labels = batch
         options, random = self.recipe.augmentation, np.random.default_rng((self.recipe.seed, self.current_epoch, index))
-        x = options.images(unit_range(images), random)
+        x = options.images(unit_range(images, self.size), random)
         target = soft_labels(labels, self.classes, options.smoothing)
         x, target = mix(x, target, options, random)
         loss = self.loss(self.normalised(x), target)
@@ -133,7 +152,7 @@ class Pretrain(L.LightningModule):
     def validation_step(self, batch: Pair, index: int) -> None:
         """Top-1 of the average on every batch, of the raw weights on every fourth (a cheap second curve)."""
         images, labels = batch
-        x = self.normalised(unit_range(images))
+        x = self.normalised(unit_range(images, self.size))
         for name, network in (("val/top1", self.average), ("val/top1_raw", self.network)):
             if network is self.average or index % 4 == 0:
                 right = (network(x).argmax(1) == labels).float().mean()
@@ -176,7 +195,7 @@ class Keep(Checkpoint):
             writer.writeheader()
             writer.writerows(self.rows)
         with atomic(self.folder / "last.ckpt") as path:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         left = (self.recipe.epochs - len(self.rows)) * seconds / 60
         console.print(
             f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  top-1 "
@@ -234,7 +253,9 @@ def pretrain(
         ValueError: for no images, or for a checkpoint made with another recipe (epochs and compile may change).
     """
     if not len(train[0]) or not len(val[0]):
-        raise ValueError(f"pretraining needs images, received {len(train[0])} to train on and {len(val[0])} to validate on")
+        raise ValueError(
+            f"pretraining needs images, received {len(train[0])} to train on and {len(val[0])} to validate on"
+        )
     classes = int(train[1].max()) + 1 if classes is None else classes
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "last.ckpt"
@@ -258,9 +279,10 @@ def pretrain(
     return folder / "weights.safetensors"
 
 
-def unit_range(images: Tensor) -> Float[Tensor, "b c h w"]:
-    """uint8 images to [0, 1]; float images as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def unit_range(images: Tensor, size: tuple[int, int] | None) -> Float[Tensor, "b c h w"]:
+    """uint8 images to [0, 1], float images as they are; resized to the network's size where that is another."""
+    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return x if size is None or x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 @torch.no_grad()
@@ -274,14 +296,10 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
 def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, top1: float) -> None:
     """The averaged weights as safetensors, with what a reader needs to use them as metadata."""
     state = {name: value.to(dtype) for name, value in module.average.state_dict().items() if value.is_floating_point()}
-    mean, std = (json.dumps([round(value, 6) for value in part.flatten().tolist()]) for part in (module.mean, module.std))
+    mean, std = (
+        json.dumps([round(value, 6) for value in part.flatten().tolist()]) for part in (module.mean, module.std)
+    )
     write_tensors(path, state, {"epoch": str(epoch), "val_top1": f"{top1:.6f}", "mean": mean, "std": std})
-
-
-def _frozen_copy(network: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(network).requires_grad_(False).eval()
 
 
 def _same_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:
@@ -296,3 +314,59 @@ def _same_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:
             )
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def run(config: DictConfig) -> None:
+    """Pretrain the configured backbone on the source and write pretrain/weights.safetensors and metrics.json.
+
+    Raises:
+        ValueError: a source that is not a classification of images, or a backbone without a recipe.
+    """
+    folder, made_from = stage_folder(config, "pretrain"), select(config, "source", "backbone", "seed")
+    if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain"):
+        console.print(f"pretrain is done: {folder / 'weights.safetensors'} (force=true redoes it)", soft_wrap=True)
+        return
+    if config.force:
+        (folder / "last.ckpt").unlink(missing_ok=True)
+    _pretrain_on_source(config, folder, made_from)
+    console.print(f"use these weights with backbone.pretrained={folder / 'weights.safetensors'}", soft_wrap=True)
+
+
+def on_source(config: DictConfig) -> Path:
+    """The weights for backbone.pretrained=on_source: trained once for a source and recipe, and kept in paths.cache."""
+    made_from = select(config, "source", "backbone")
+    folder = Path(config.paths.cache) / "pretrain" / key(made_from)
+    if not (folder / "metrics.json").exists() or not (folder / "weights.safetensors").exists():
+        console.print(f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True)
+        _pretrain_on_source(config, folder, made_from)
+    return folder / "weights.safetensors"
+
+
+def _pretrain_on_source(config: DictConfig, folder: Path, made_from: dict[str, Any]) -> None:
+    options = plain(config.backbone.get("recipe", ON_THE_SPOT))
+    options = {**options, "augmentation": {**(options.get("augmentation") or {})}}
+    validate_on = options.pop("validate_on", "val")
+    parts = build(config.source).parts
+    if parts.task.kind != "classification":
+        raise ValueError(f"pretraining needs a source with classes, this one is a {parts.task.kind} task")
+    if validate_on not in ("val", "test"):
+        raise ValueError(f"backbone.recipe.validate_on must be 'val' or 'test', received {validate_on!r}")
+    train, val = parts.train, parts.val
+    if validate_on == "test":
+        train, val = tuple(torch.cat(both) for both in zip(train, val, strict=True)), parts.test
+    if train[0].dtype != torch.uint8 and (train[0].min() < 0 or train[0].max() > 1):
+        raise ValueError("pretraining takes source images as uint8 or as floats in [0, 1]")
+    recipe = Recipe(**options | {"augmentation": Augmentation(**options["augmentation"])})
+    classes, start = parts.task.output_shape[0], time.monotonic()
+    torch.manual_seed(recipe.seed)
+    network = timm.create_model(
+        config.backbone.name, num_classes=classes, in_chans=parts.task.input_shape[0], **plain(config.backbone.options)
+    )
+    trainer = {name: config.trainer[name] for name in ("accelerator", "precision") if name in config.trainer}
+    weights = pretrain(network, train, val, folder, recipe, classes, trainer)
+    with (folder / "curve.csv").open() as stream:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+    best = max(rows, key=lambda row: row["val/top1"])
+    metrics = {f"{validate_on}/top1": best["val/top1"], "epoch": best["epoch"], "epochs": len(rows)}
+    metrics |= {"seconds": sum(row["seconds"] for row in rows), "seconds_this_time": time.monotonic() - start}
+    write_json(folder / "metrics.json", {"weights": weights.name, **metrics}, config=made_from)
