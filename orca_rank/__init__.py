@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orca_rank.load import load
+    from orca_rank.fitted import load
 
 __all__ = ["load"]
 
@@ -15,5 +15,5 @@ def __getattr__(name: str) -> Any:
     if name == "load":
         from importlib import import_module
 
-        return import_module("orca_rank.load").load
+        return import_module("orca_rank.fitted").load
     raise AttributeError(f"module 'orca_rank' has no attribute {name!r}")

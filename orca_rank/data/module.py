@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from orca_rank.task import Task
 
@@ -79,9 +79,9 @@ class InMemory(LightningDataModule, ABC):
             raise ValueError(f"part must be 'train', 'val' or 'test', received {part!r}")
         parts = self.parts
         x, y = getattr(parts, part)
-        dataset = _Batches(x, y, parts.encode, parts.augment if augment else None, self.seed)
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(dataset, self.batch_size, shuffle=shuffle, generator=generator, collate_fn=_as_it_is)
+        dataset = _Batches(x, y, parts.encode, parts.augment if augment else None)
+        sampler = _EpochOrder(dataset, self.seed) if shuffle else None
+        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def train_dataloader(self) -> DataLoader:
         return self.loader("train", shuffle=True, augment=True)
@@ -102,10 +102,9 @@ class _Batches(Dataset):
         y: Tensor,
         encode: Callable[[Tensor], Tensor],
         augment: Callable[[Tensor, torch.Generator], Tensor] | None,
-        seed: int,
     ) -> None:
         self.x, self.y, self.encode, self.augment = x, y, encode, augment
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -120,6 +119,27 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> Pair:
         x, y = self.__getitems__([index])
         return x[0], y[0]
+
+
+class _EpochOrder(Sampler):
+    """A new order and new augmentation draws each epoch that depend on (seed, epoch) alone.
+
+    Lightning calls `set_epoch`, so a resumed run goes on with the very batches that an uninterrupted one would see.
+    """
+
+    def __init__(self, dataset: _Batches, seed: int) -> None:
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        self.dataset.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        self.epoch += 1
+        yield from torch.randperm(len(self.dataset), generator=self.dataset.generator).tolist()
 
 
 def _as_it_is(batch: Pair) -> Pair:

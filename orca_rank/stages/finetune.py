@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ class FineTune(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)  # dropout draws the same after a resume
+
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         if batch_index % self.trainer.accumulate_grad_batches == 0:  # one draw per optimiser step, as DyLoRA
             self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)  # the same after a resume
@@ -94,24 +98,27 @@ class FineTune(L.LightningModule):
         groups = adapters.parameter_groups(self.model.body, lr=lr, ratio=self.settings["lr_ratio"])
         rest = [p for part in (self.model.embedder, self.model.predictor) for p in part.parameters() if p.requires_grad]
         optimizer = self.make_optimizer([*groups, {"params": rest}])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        schedule, epochs, warmup = (self.settings[name] for name in ("schedule", "epochs", "warmup_epochs"))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: lr_factor(epoch, schedule, epochs, warmup)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
-
-    def _lr_factor(self, epoch: int) -> float:
-        warm, total = self.settings["warmup_epochs"], self.settings["epochs"]
-        if epoch < warm:
-            return (epoch + 1) / (warm + 1)
-        progress = (epoch - warm) / max(1, total - warm)
-        schedule = self.settings["schedule"]
-        if schedule == "linear":
-            return 1 - progress
-        if schedule == "cosine":
-            return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * progress)).item())
-        return 1.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = trained_tensors(self.model)
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in kept.items()}
+
+
+def lr_factor(epoch: int, schedule: str, epochs: int, warmup: int) -> float:
+    """Learning rate of an epoch over its peak: a linear warm-up, then linear or cosine decay to 0, or constant."""
+    if epoch < warmup:
+        return (epoch + 1) / (warmup + 1)
+    progress = min(1.0, (epoch - warmup) / max(1, epochs - warmup))
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
 
 
 def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
@@ -127,13 +134,16 @@ class Curve(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, float]] = []
+        self.lr = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.lr = trainer.optimizers[0].param_groups[-1]["lr"]
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
-        lr = trainer.optimizers[0].param_groups[-1]["lr"]
-        row = {"epoch": trainer.current_epoch, "lr": lr, **values}
+        row = {"epoch": trainer.current_epoch, "lr": self.lr, **values}
         self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -192,7 +202,9 @@ def run(config: DictConfig) -> None:
     counts = count_parameters(model, injected)
     if plan is not None:
         adapted = sum(rank > 0 for rank in plan.ranks.values())
-        console.print(f"{config.adapter.name}: {adapted} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}")
+        console.print(
+            f"{config.adapter.name}: {adapted} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}"
+        )
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
     trainer, best = _trainer(config, folder, task, made_from)
@@ -217,15 +229,25 @@ def run(config: DictConfig) -> None:
     data.setup("test")
     validation = trainer.validate(module, datamodule=data, verbose=False)[0]
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
-    _write(config, folder, made_from, backbone, model, plan, counts, {**validation, **tested}, seconds, trainer.current_epoch, task)
+    _write(
+        config,
+        folder,
+        made_from,
+        backbone,
+        model,
+        plan,
+        counts,
+        {**validation, **tested},
+        seconds,
+        trainer.current_epoch,
+        task,
+    )
     Path(best.best_model_path).unlink()
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
 
 
-def _trainer(
-    config: DictConfig, folder: Path, task: Task, made_from: Any
-) -> tuple[L.Trainer, ModelCheckpoint]:
+def _trainer(config: DictConfig, folder: Path, task: Task, made_from: Any) -> tuple[L.Trainer, ModelCheckpoint]:
     monitor = f"val/{task.metric_name}"
     mark = folder / "options.json"
     stale = mark.exists() and json.loads(mark.read_text()) != json.loads(json.dumps(plain(made_from), default=str))

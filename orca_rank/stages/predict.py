@@ -10,7 +10,7 @@ from rich.progress import track
 
 from orca_rank.artifacts import atomic, stage_folder
 from orca_rank.build import build
-from orca_rank.load import load
+from orca_rank.fitted import load
 
 
 def run(config: DictConfig) -> None:

@@ -76,7 +76,9 @@ def _choose(folder: Path, tag: str | None) -> Path:
     names = [path.name for path in done]
     if tag is not None:
         if tag not in names:
-            raise FileNotFoundError(f"no finished fine-tune {tag!r} in {folder}, there are: {', '.join(names) or 'none'}")
+            raise FileNotFoundError(
+                f"no finished fine-tune {tag!r} in {folder}, there are: {', '.join(names) or 'none'}"
+            )
         return done[names.index(tag)]
     if not done:
         raise FileNotFoundError(f"no finished fine-tune in {folder}: run `python -m orca_rank stage=finetune` first")

@@ -1,0 +1,166 @@
+"""stage=finetune on a tiny Swin and a few digits: what it writes, resuming, loading, and the errors it stops with."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from orca_rank import load
+from orca_rank.build import build
+from orca_rank.stages import finetune, predict
+
+TINY = (
+    "stage=finetune",
+    "data=digits",
+    "data.train_limit=48",
+    "data.batch_size=16",
+    "backbone.pretrained=false",
+    "backbone.options.embed_dim=8",
+    "backbone.options.depths=[1,1]",
+    "backbone.options.num_heads=[1,2]",
+    "backbone.options.img_size=16",
+    "rank=uniform",
+    "rank.r=2",
+    "embedder.aligned=false",
+    "finetune.epochs=2",
+    "finetune.warmup_epochs=0",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+)
+
+
+def folder(config: DictConfig) -> Path:
+    return Path(config.paths.runs) / config.run / "finetune" / finetune.tag(config)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dylora", "full", "linear_probe", "norm_only"])
+def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], adapter: str) -> None:
+    config = composed(*TINY, f"adapter={adapter}")
+    finetune.run(config)
+    metrics = json.loads((folder(config) / "metrics.json").read_text())
+    assert {"test/error", "val/error", "trainable_parameters", "seconds", "config", "schema"} <= set(metrics)
+    assert metrics["trainable_parameters"]["total"] > 0
+    assert (adapter in ("lora", "dylora")) == (folder(config) / "ranks.json").exists()
+    with open(folder(config) / "curve.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+
+    fitted = load(folder(config).parents[1])
+    data = build(config.data)
+    data.setup("test")
+    wrong = torch.cat([fitted(x).argmax(1) != y for x, y in data.test_dataloader()])
+    assert wrong.float().mean().item() == pytest.approx(metrics["test/error"], abs=1e-6)
+
+    predict.run(config)
+    written = np.load(folder(config).parents[1] / "predict" / "prediction.npz")
+    assert written["metric"].mean() == pytest.approx(metrics["test/error"], abs=1e-6)
+
+
+def test_done_is_done_until_forced(composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture) -> None:
+    config = composed(*TINY, "finetune.tag=mine")
+    finetune.run(config)
+    written = (folder(config) / "metrics.json").stat().st_mtime_ns
+    capsys.readouterr()
+    finetune.run(config)
+    assert "is done" in capsys.readouterr().out
+    assert (folder(config) / "metrics.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match=r"finetune\.epochs: 2 -> 3.*force=true"):
+        finetune.run(composed(*TINY, "finetune.tag=mine", "finetune.epochs=3"))
+    finetune.run(composed(*TINY, "finetune.tag=mine", "force=true"))
+    assert (folder(config) / "metrics.json").stat().st_mtime_ns > written
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dylora"])
+def test_an_interrupted_run_resumes_to_the_same_result(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    options = (*TINY, f"adapter={adapter}", "adapter.module.dropout=0.2", "finetune.epochs=4")
+    whole = composed(*options, "run=whole")
+    finetune.run(whole)
+
+    broken = composed(*options, "run=broken")
+    step = finetune.FineTune.training_step
+
+    def failing(self: finetune.FineTune, batch: object, batch_index: int) -> torch.Tensor:
+        if self.current_epoch == 2 and batch_index == 1:
+            raise RuntimeError("the machine went away")
+        return step(self, batch, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.FineTune, "training_step", failing)
+        with pytest.raises(RuntimeError, match="went away"):
+            finetune.run(broken)
+    assert not (folder(broken) / "metrics.json").exists()
+    finetune.run(broken)
+
+    expected, got = load_file(folder(whole) / "model.safetensors"), load_file(folder(broken) / "model.safetensors")
+    assert expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0, msg=name)
+    assert (folder(broken) / "curve.csv").read_text() == (folder(whole) / "curve.csv").read_text()
+
+
+def test_only_what_is_declared_moves(composed: Callable[..., DictConfig]) -> None:
+    config = composed(*TINY, "embedder.train=false")
+    finetune.run(config)
+    saved = load_file(folder(config) / "model.safetensors")
+    before = finetune.build_model(config, build(config.data).task).embedder.state_dict()
+    for name, value in before.items():
+        torch.testing.assert_close(saved[f"embedder.{name}"], value, rtol=0, atol=0)
+    assert json.loads((folder(config) / "metrics.json").read_text())["trainable_parameters"]["embedder"] == 0
+
+
+def test_bad_choices_stop_before_any_work(composed: Callable[..., DictConfig]) -> None:
+    def attempt(*options: str) -> None:
+        finetune.run(composed(*TINY, *options))
+
+    with pytest.raises(ValueError, match=r"finetune\.schedule"):
+        attempt("finetune.schedule=step")
+    with pytest.raises(FileNotFoundError, match="stage=align"):
+        attempt("embedder.aligned=true")
+    with pytest.raises(ValueError, match="random weights and is frozen"):
+        attempt("embedder.train=false", "embedder.init=random")
+    with pytest.raises(ValueError, match="min"):
+        attempt("rank.r=1000")
+    with pytest.raises(ValueError, match="stage=measure"):
+        finetune.run(composed(*(option for option in TINY if "rank" not in option), "rank=proportional"))
+    config = composed(*TINY)
+    assert not list(Path(config.paths.runs).rglob("*.json"))
+
+
+def test_a_fresh_predictor_may_be_frozen_only_on_purpose(composed: Callable[..., DictConfig]) -> None:
+    config = composed(*TINY)
+    data = build(config.data)
+    model = finetune.build_model(config, data.task)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen_on_purpose"):
+        finetune.audit(model, config)
+    finetune.audit(model, composed(*TINY, "predictor.frozen_on_purpose=true"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(composed: Callable[..., DictConfig]) -> None:
+    config = composed(*TINY, "finetune.optimizer.lr=1e30")
+    with pytest.raises(FloatingPointError, match=r"finetune\.optimizer\.lr"):
+        finetune.run(config)
+    assert not (folder(config) / "metrics.json").exists()
+
+
+def test_loading_says_what_there_is(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="stage=finetune"):
+        load(tmp_path)
+    config = composed(*TINY)
+    finetune.run(config)
+    finetune.run(composed(*TINY, "rank.r=1"))
+    with pytest.raises(ValueError, match="2 fine-tunes"):
+        load(folder(config).parents[1])
+    with pytest.raises(FileNotFoundError, match="lora-uniform-r2"):
+        load(folder(config).parents[1], "other")
+    assert load(folder(config).parents[1], finetune.tag(config)).metrics["config"]["rank"]["r"] == 2
