@@ -113,14 +113,27 @@ def spent(plan: RankPlan, layers: Sequence[Layer], budget: Budget) -> float:
 def _fill(weights: np.ndarray, low: np.ndarray, high: np.ndarray, costs: np.ndarray, allowed: int) -> np.ndarray:
     if not (weights > 0).any():
         return low.copy()
-    scaled = weights / weights.max()
+    real = _water_level(weights, low, high, costs, allowed)
+    return _spend(real, np.floor(real + TINY).astype(int), high, costs, allowed)
+
+
+def _water_level(weights: np.ndarray, low: np.ndarray, high: np.ndarray, costs: np.ndarray, allowed: int) -> np.ndarray:
+    """clip(λ w, low, high) with the largest λ that costs at most `allowed`; exact, because the cost is linear in λ
+    between the points where a layer leaves its floor or meets its ceiling."""
 
     def quotas(level: float) -> np.ndarray:
-        return np.clip(level * scaled, low, high)
+        return np.clip(level * weights, low, high)
 
-    top = float(high.max() / scaled[scaled > 0].min()) + 1.0
-    real = quotas(_largest(lambda level: (costs * quotas(level)).sum() <= allowed, top))
-    return _spend(real, np.floor(real + TINY).astype(int), high, costs, allowed)
+    some = weights > 0
+    with np.errstate(over="ignore"):
+        knots = np.unique(np.concatenate([[0.0], low[some] / weights[some], high[some] / weights[some]]))
+    knots = knots[np.isfinite(knots)]
+    spending = np.array([(costs * quotas(knot)).sum() for knot in knots])
+    last = int(np.searchsorted(spending, allowed, side="right")) - 1
+    if last + 1 >= len(knots):
+        return quotas(knots[-1])
+    fraction = (allowed - spending[last]) / (spending[last + 1] - spending[last])
+    return quotas(knots[last]) + fraction * (quotas(knots[last + 1]) - quotas(knots[last]))
 
 
 def _largest(affordable: Callable[[float], bool | np.bool_], top: float) -> float:
@@ -128,7 +141,7 @@ def _largest(affordable: Callable[[float], bool | np.bool_], top: float) -> floa
     if affordable(top):
         return top
     below, above = 0.0, top
-    for _ in range(120):
+    for _ in range(90):
         middle = (below + above) / 2
         below, above = (middle, above) if affordable(middle) else (below, middle)
     return below

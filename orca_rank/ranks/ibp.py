@@ -94,7 +94,8 @@ def stick_law(
     alpha: Float[np.ndarray, " layers"], low: Int[np.ndarray, " layers"], high: Int[np.ndarray, " layers"]
 ) -> Float[np.ndarray, "layers ranks"]:
     """Stick-breaking prior: ν_k ~ Beta(α, 1), π_k = Π_{j<=k} ν_j, E[π_k] = (α/(1+α))^k read as the survival P(r >= k),
-    so P(r = k) = (1/(1+α)) (α/(1+α))^k, truncated to [low_i, high_i]. Its mean without truncation is α."""
+    so P(r = k) = (1/(1+α)) (α/(1+α))^k, truncated to [low_i, high_i]. Its mean without truncation is α. With low = 1 it
+    is the law p(b) = (1/(1+α)) (α/(1+α))^{b−1} from which DyLoRA draws the rank of a layer."""
     rank = np.arange(high.max(initial=0) + 1)
     return _truncate(xlogy(rank, (alpha / (1 + alpha))[:, None]), low, high)
 
@@ -117,24 +118,6 @@ def beta_bernoulli_law(
     choose = gammaln(number + 1) - gammaln(rank + 1) - gammaln(np.maximum(number - rank, 0) + 1)
     log_weight = choose + xlogy(rank, active) + xlog1py(np.maximum(number - rank, 0), -active)
     return _truncate(np.where(rank <= number, log_weight, -np.inf), low, high)
-
-
-def survival_law(alpha: float | int, r_max: int, r_min: int = 1) -> Float[np.ndarray, " ranks"]:
-    """DyLoRA's sampling law for one layer: p(b) = (1/(1+α)) (α/(1+α))^{b−1} on b = r_min .. r_max, normalised.
-
-    Small α trains mostly the first directions, large α all of them alike (uniform as α grows).
-
-    Returns:
-        probabilities of b = r_min, ..., r_max.
-
-    Raises:
-        ValueError: unless 1 <= r_min <= r_max and alpha > 0.
-    """
-    _positive(alpha)
-    if not 1 <= r_min <= r_max:
-        raise ValueError(f"need 1 <= r_min <= r_max, got r_min={r_min}, r_max={r_max}")
-    weight = np.exp(np.arange(r_max - r_min + 1) * -math.log1p(1 / alpha))
-    return weight / weight.sum()
 
 
 def concentration(gaps: Float[np.ndarray, " layers"], mean: float | int, gamma: float | int = 1.0) -> np.ndarray:

@@ -164,7 +164,7 @@ class RankPlan:
         TypeError: if a rank is not an integer. ValueError: if it is negative or a name is empty.
     """
 
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, Any]
     rule: str = ""
     budget: Budget | None = None
     options: Mapping[str, Any] = field(default_factory=dict)

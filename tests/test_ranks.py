@@ -1,0 +1,248 @@
+"""Layers, budgets, plans and the rules that need one number per layer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orca_rank import ranks
+from orca_rank.ranks import Budget, Layer, RankPlan
+from orca_rank.ranks.allocate import greedy, spent
+
+
+def layer(name, d_in=32, d_out=64, value=1.0, p=0.01, **measured):
+    return Layer(name, d_in, d_out, {"mmd": {"value": value, "low": 0.0, "high": 2.0, "p": p}}, measured)
+
+
+def layers_of(gaps, widths=(32,)):
+    return [layer(f"l{i}", widths[i % len(widths)], 48, float(gap)) for i, gap in enumerate(gaps)]
+
+
+GAP_RULES = (ranks.proportional, ranks.shuffled, ranks.ibp_count, ranks.ibp_stick, ranks.beta_bernoulli)
+
+
+def test_layer_reads_and_writes_the_form_of_layers_json():
+    record = {"name": "a", "d_in": 3, "d_out": 5, "gap": {"mmd": {"value": 0.1}}, "weight": {"stable_rank": 2.0}}
+    assert Layer.from_dict(record).to_dict() == record
+    assert Layer.from_dict(record).cost == 8
+    assert Layer.from_dict(record).full_rank == 3
+    with pytest.raises(ValueError, match="d_out"):
+        Layer.from_dict({"name": "a", "d_in": 3})
+
+
+@pytest.mark.parametrize("given", [{}, {"mean_rank": 1, "parameters": 9}, {"total_rank": -1}])
+def test_budget_takes_exactly_one_limit(given):
+    with pytest.raises(ValueError, match="budget"):
+        Budget(**given)
+
+
+def test_budget_counts_in_its_own_unit():
+    layers = [layer("a", 10, 20), layer("b", 30, 40)]
+    assert Budget(mean_rank=2.5).allowed(layers) == 5
+    assert Budget(total_rank=7).allowed(layers) == 7
+    assert Budget(parameters=300).allowed(layers) == 300
+    plan = RankPlan({"a": 1, "b": 2})
+    assert Budget(parameters=300).used(plan, layers) == 30 + 140 == plan.parameters(layers)
+    assert Budget(total_rank=7).used(plan, layers) == 3
+    with pytest.raises(ValueError, match="r_min"):
+        ranks.uniform(layers, Budget(total_rank=3, r_min=2))
+
+
+def test_plan_refuses_what_is_no_rank():
+    with pytest.raises(ValueError, match="negative"):
+        RankPlan({"a": -1})
+    with pytest.raises(TypeError, match="integer"):
+        RankPlan({"a": True})
+    assert RankPlan({"a": np.int64(3)}).ranks == {"a": 3}
+
+
+def test_check_is_strict():
+    layers = [layer("a"), layer("b")]
+    assert RankPlan({"a": 0, "b": 32}).check(layers)["a"] == 0
+    with pytest.raises(ValueError, match=r"unknown.*c"):
+        RankPlan({"a": 1, "b": 1, "c": 1}).check(layers)
+    with pytest.raises(ValueError, match="nothing of b"):
+        RankPlan({"a": 1}).check(layers)
+    with pytest.raises(ValueError, match="allow_above_full"):
+        RankPlan({"a": 1, "b": 33}).check(layers)
+    RankPlan({"a": 1, "b": 33}, allow_above_full=True).check(layers)
+
+
+def test_plan_survives_json():
+    plan = RankPlan({"a": 0, "b": 3}, "proportional", Budget(parameters=500, r_max=4), {"gamma": 2.0}, True, "abc")
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert "schema" in json.loads(plan.to_json())
+    with pytest.raises(ValueError, match="ranks"):
+        RankPlan.from_json('{"a": 1}')
+    with pytest.raises(ValueError, match="schema"):
+        RankPlan.from_json('{"schema": 99, "ranks": {"a": 1}}')
+
+
+def test_peft_gives_every_layer_the_rank_of_the_plan():
+    peft = pytest.importorskip("peft")
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b = torch.nn.Linear(6, 5)
+            self.axb = torch.nn.Linear(6, 5)  # a pattern "a.b" with a bare dot would take this one
+            self.a = torch.nn.ModuleDict({"b": torch.nn.Linear(5, 4), "c": torch.nn.Linear(4, 7)})
+
+        def forward(self, x):
+            return self.a["c"](self.a["b"](self.b(x) + self.axb(x)))
+
+    plan = RankPlan({"b": 1, "axb": 2, "a.b": 3, "a.c": 0})
+    model = peft.get_peft_model(Block(), peft.LoraConfig(**plan.to_peft()))
+    found = {
+        name.split("model.", 1)[1]: (module.r["default"], module.scaling["default"])
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert found == {"model.b": (1, 1.0), "model.axb": (2, 1.0), "model.a.b": (3, 1.0)}
+    assert set(plan.to_peft(alpha=16)["alpha_pattern"].values()) == {16}
+
+
+def test_uniform():
+    layers = layers_of([1, 2, 3])
+    assert ranks.uniform(layers, r=5).ranks == {"l0": 5, "l1": 5, "l2": 5}
+    assert set(ranks.uniform(layers, Budget(mean_rank=4)).ranks.values()) == {4}
+    assert ranks.uniform(layers, Budget(total_rank=7)).ranks == {"l0": 3, "l1": 2, "l2": 2}
+    with pytest.raises(ValueError, match="allow_above_full"):
+        ranks.uniform(layers, r=33)
+    assert ranks.uniform(layers, r=1024, allow_above_full=True)["l0"] == 1024
+    with pytest.raises(ValueError, match=r"rank\.r"):
+        ranks.uniform(layers)
+
+
+def test_proportional_is_proportional_where_it_can_be():
+    layers = layers_of([1, 2, 4])
+    assert list(ranks.proportional(layers, Budget(total_rank=14)).ranks.values()) == [2, 4, 8]
+    assert list(ranks.proportional(layers, Budget(total_rank=21), gamma=2).ranks.values()) == [1, 4, 16]
+    assert list(ranks.proportional(layers, Budget(total_rank=12), gamma=0).ranks.values()) == [4, 4, 4]
+    # A cap at 5 hands the rest on in proportion; a floor takes from the others.
+    assert list(ranks.proportional(layers, Budget(total_rank=11, r_max=5)).ranks.values()) == [2, 4, 5]
+    assert list(ranks.proportional(layers, Budget(total_rank=14, r_min=3)).ranks.values()) == [3, 4, 7]
+
+
+def test_layers_without_a_gap_stay_at_r_min():
+    layers = layers_of([-0.1, 0.0, 3.0, 1.0])
+    assert list(ranks.proportional(layers, Budget(total_rank=8)).ranks.values()) == [0, 0, 6, 2]
+    assert list(ranks.proportional(layers, Budget(total_rank=10, r_min=1)).ranks.values()) == [1, 1, 6, 2]
+    quiet = [layer("a", value=1.0, p=0.9), layer("b", value=1.0, p=0.01)]
+    assert ranks.proportional(quiet, Budget(total_rank=4), p_max=0.05).ranks == {"a": 0, "b": 4}
+
+
+def test_shuffled_permutes_the_ranks_of_proportional():
+    layers = layers_of([1, 2, 3, 4, 5, 6])
+    budget = Budget(total_rank=21)
+    plain = ranks.proportional(layers, budget)
+    drawn = [ranks.shuffled(layers, budget, seed=seed) for seed in range(5)]
+    assert all(sorted(plan.ranks.values()) == sorted(plain.ranks.values()) for plan in drawn)
+    assert len({tuple(plan.ranks.values()) for plan in drawn}) > 1
+    assert ranks.shuffled(layers, budget, seed=3) == ranks.shuffled(layers, budget, seed=3)
+
+
+def test_from_file(tmp_path):
+    layers = layers_of([1, 2])
+    path = tmp_path / "ranks.json"
+    path.write_text(RankPlan({"l0": 2, "l1": 0}, "uniform").to_json())
+    assert ranks.from_file(layers, path=path).ranks == {"l0": 2, "l1": 0}
+    path.write_text('{"l0": 40, "l1": 1}')
+    with pytest.raises(ValueError, match="above"):
+        ranks.from_file(layers, path=str(path))
+    assert ranks.from_file(layers, path=path, allow_above_full=True)["l0"] == 40
+    path.write_text('{"l0": 2}')
+    with pytest.raises(ValueError, match="l1"):
+        ranks.from_file(layers, path=path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="object"):
+        ranks.from_file(layers, path=path)
+    with pytest.raises(FileNotFoundError, match="stage=measure"):
+        ranks.from_file(layers, path=tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"rank\.path"):
+        ranks.from_file(layers)
+
+
+def test_a_missing_measurement_names_the_stage_and_the_option():
+    layers = [layer("a"), Layer("b", 4, 4)]
+    budget = Budget(mean_rank=2)
+    for rule in GAP_RULES:
+        with pytest.raises(ValueError, match=r"(?s)b.*stage=measure.*gap\.metrics"):
+            rule(layers, budget)
+    for rule, option in ((ranks.stable_rank, "weight"), (ranks.importance, "importance"), (ranks.fisher, "fisher"),
+                         (ranks.gelora, "intrinsic_dimension")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"stage=measure.*gap\.measurements\.{option}=true"):
+            rule(layers, budget)
+
+
+def test_scalar_measurements():
+    layers = [
+        layer("a", weight={"stable_rank": 1.0, "effective_rank": 9.0}, importance=3.0, fisher=1.0,
+              intrinsic_dimension={"input": 3.0, "output": 6.0}),
+        layer("b", weight={"stable_rank": 3.0, "effective_rank": 3.0}, importance=1.0, fisher=7.0,
+              intrinsic_dimension={"input": 6.0, "output": 2.0}),
+    ]  # fmt: skip
+    budget = Budget(total_rank=8)
+    assert list(ranks.stable_rank(layers, budget).ranks.values()) == [2, 6]
+    assert list(ranks.stable_rank(layers, budget, statistic="effective_rank").ranks.values()) == [6, 2]
+    assert list(ranks.importance(layers, budget).ranks.values()) == [6, 2]
+    assert list(ranks.fisher(layers, budget).ranks.values()) == [1, 7]
+    assert list(ranks.gelora(layers).ranks.values()) == [4, 1]
+    assert list(ranks.gelora(layers, Budget(total_rank=5)).ranks.values()) == [4, 1]
+
+
+gaps = st.lists(st.floats(-1, 100, allow_nan=False), min_size=1, max_size=8)
+widths = st.lists(st.integers(1, 90), min_size=1, max_size=8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(gaps, widths, st.integers(0, 4000), st.integers(0, 2), st.sampled_from([None, 3, 17]), st.booleans())
+def test_budgets_are_kept_and_used(values, sizes, amount, r_min, r_max, in_parameters):
+    layers = layers_of(values, sizes)
+    budget = Budget(**{"parameters" if in_parameters else "total_rank": amount}, r_min=r_min, r_max=r_max)
+    try:
+        _, high = budget.bounds(layers)
+    except ValueError:
+        return  # r_min alone is too much
+    costs = budget.unit_costs(layers)
+    for rule in (ranks.uniform, *GAP_RULES):
+        plan = rule(layers, budget).check(layers)
+        left = budget.allowed(layers) - budget.used(plan, layers)
+        affordable = [c <= left and plan[x.name] < top for x, c, top in zip(layers, costs, high, strict=True)]
+        assert left >= 0
+        assert spent(plan, layers, budget) >= 0.99 or not any(affordable)
+        assert all(min(r_min, top) <= plan[x.name] <= top for x, top in zip(layers, high, strict=True))
+        assert plan == rule(layers, budget)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=8), st.floats(0, 10), st.integers(0, 120))
+def test_more_gap_never_means_less_rank(values, more, amount):
+    budget = Budget(total_rank=amount)
+    for rule in (ranks.proportional, ranks.ibp_count):
+        before = rule(layers_of(values), budget)
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        sorted_ranks = [before[f"l{i}"] for i in order]
+        strict = [values[i] for i in order]
+        assert all(
+            a <= b or x == y for a, b, x, y in zip(sorted_ranks, sorted_ranks[1:], strict, strict[1:], strict=False)
+        )
+        after = rule(layers_of([values[0] + more, *values[1:]]), budget)
+        if rule is ranks.proportional and sum(values) > 0:
+            assert after["l0"] >= before["l0"]
+
+
+def test_greedy_takes_units_in_the_order_of_value_per_cost():
+    layers = [layer("a", 10, 10), layer("b", 30, 10)]  # costs 20 and 40
+    values = [[9.0, 1.0], [16.0, 12.0, 0.1]]
+    # per parameter: a .45 .05, b .40 .30 .0025
+    assert greedy(layers, Budget(parameters=20), values) == {"a": 1, "b": 0}
+    assert greedy(layers, Budget(parameters=60), values) == {"a": 1, "b": 1}
+    assert greedy(layers, Budget(parameters=100), values) == {"a": 1, "b": 2}
+    assert greedy(layers, Budget(total_rank=2), values) == {"a": 0, "b": 2}
+    assert greedy(layers, Budget(total_rank=9), values) == {"a": 5, "b": 4}  # beyond the list: evenly
+    # A value that rises is cut to what came before it.
+    assert greedy(layers, Budget(total_rank=1), [[1.0, 99.0], [2.0]]) == {"a": 0, "b": 1}
