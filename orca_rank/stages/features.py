@@ -1,0 +1,141 @@
+"""Image features for alignment: the embedder's tokens, averaged, with labels; source features are cached on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from omegaconf import DictConfig
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from orca_rank.artifacts import key, plain, read_tensors, write_tensors
+from orca_rank.backbone import source_model, weights_hash
+from orca_rank.build import build
+from orca_rank.stages.parts import resolve_backbone
+
+MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
+
+
+class Source(NamedTuple):
+    """features (n, d): token means of the pretrained embedder; labels (n,); tokens (p, T, d) of the first p images."""
+
+    features: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"]
+    tokens: Float[Tensor, "p T d"]
+
+
+def token_mean(tokens: Float[Tensor, "b ... d"]) -> Float[Tensor, "b d"]:
+    """Mean over tokens, in float32: (B, N, d) or (B, h, w, d) -> (B, d)."""
+    return tokens.float().flatten(1, -2).mean(1)
+
+
+class Labeller:
+    """Class labels as they are; for dense targets the k-means cluster of the flattened field (ORCA, section 3.2).
+
+    Args:
+        y: training targets, (n,) integers or (n, c, H, W). clusters: k. seed: of k-means.
+
+    Raises:
+        ValueError: for fewer than one cluster.
+    """
+
+    def __init__(self, y: Tensor, clusters: int, seed: int) -> None:
+        if clusters < 1:
+            raise ValueError(f"align.clusters must be at least 1, received {clusters}")
+        self.means: KMeans | MiniBatchKMeans | None = None
+        if y.is_floating_point():
+            method = MiniBatchKMeans if len(y) > MINI_BATCH else KMeans
+            self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(self._flat(y))
+
+    def __call__(self, y: Tensor) -> Int[Tensor, " n"]:
+        if self.means is None:
+            return y.long()
+        return torch.from_numpy(self.means.predict(self._flat(y)).astype(np.int64))
+
+    @staticmethod
+    def _flat(y: Tensor) -> Float[np.ndarray, "n k"]:
+        return y.flatten(1).double().numpy()
+
+
+def prepared(node: DictConfig) -> L.LightningDataModule:
+    """A data module, ready for its training and validation loaders."""
+    data = build(node)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def plain_loader(data: L.LightningDataModule, part: str, batch_size: int) -> DataLoader:
+    """A loader without shuffling, and without augmentation where the module can do without it."""
+    if hasattr(data, "loader"):
+        loader = data.loader(part)
+    else:
+        loader = data.train_dataloader() if part == "train" else data.val_dataloader()
+    return DataLoader(loader.dataset, batch_size, shuffle=False, collate_fn=loader.collate_fn)
+
+
+def targets(dataset: Dataset, collate: Any) -> Tensor:
+    """All targets of a dataset, (n, ...)."""
+    return torch.cat([y for _, y in DataLoader(dataset, 512, shuffle=False, collate_fn=collate)])
+
+
+@torch.no_grad()
+def embed(embedder: nn.Module, loader: DataLoader, limit: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token means (n, d) and targets (n, ...) of the first `limit` samples, on the CPU."""
+    embedder.eval().to(device)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    for x, y in _limited(loader, limit):
+        features.append(token_mean(embedder(x.to(device))).cpu())
+        labels.append(y)
+    return torch.cat(features), torch.cat(labels)
+
+
+def _limited(loader: DataLoader, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    seen = 0
+    for x, y in loader:
+        yield x[: limit - seen], y[: limit - seen]
+        seen += len(x)
+        if seen >= limit:
+            return
+
+
+def source_features(config: DictConfig, device: torch.device) -> Source:
+    """Features of up to align.source_samples source images through the pretrained embedder, cached.
+
+    The cache is keyed by the source, the backbone with the embedder's weights, and the number of images.
+    """
+    options = config.align
+    pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
+    backbone = resolve_backbone(config)
+    embedder = source_model(backbone).embedder
+    name = key(
+        {
+            "source": plain(config.source),
+            "backbone": backbone,
+            "weights": weights_hash(embedder),
+            "n": options.source_samples,
+            "clusters": options.clusters,
+            "pool": pool,
+        }
+    )
+    path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
+    if not path.exists():
+        data = prepared(config.source)
+        loader = plain_loader(data, "train", 64)
+        features, y = embed(embedder, loader, int(options.source_samples), device)
+        tokens = features.new_zeros(0, 1, features.shape[1])
+        if pool:
+            images = torch.cat([x for x, _ in _limited(loader, pool)])
+            with torch.no_grad():
+                tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
+        labels = Labeller(y, int(options.clusters), int(config.seed))(y)
+        write_tensors(path, {"features": features, "labels": labels, "tokens": tokens.float()})
+    return Source(**read_tensors(path, "stage=align"))
