@@ -1,0 +1,110 @@
+"""One streaming pass over a frozen body: what reaches the input of every adaptable Linear.
+
+Memory is set by `samples`, `tokens` and the widths, not by the size of the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Inputs(NamedTuple):
+    """What one Linear received.
+
+    pooled: the mean over the tokens of each image, for gaps. tokens: a few tokens of each image at random places, for
+    spectra; the image stays the first axis because tokens of one image are correlated.
+    """
+
+    pooled: Float[Tensor, "n d"]
+    tokens: Float[Tensor, "n t d"]
+
+
+def module_of(layer: str, body: nn.Module) -> str:
+    """The Linear behind a layer name: `<module>.q`, `.k` and `.v` are thirds of one fused matrix with one input."""
+    parent, _, part = layer.rpartition(".")
+    modules = dict(body.named_modules())
+    if layer in modules:
+        return layer
+    if part in ("q", "k", "v") and parent in modules:
+        return parent
+    raise ValueError(f"the body has no module for the layer {layer!r}")
+
+
+def collect(
+    model: Callable[[Tensor], Any],
+    modules: dict[str, nn.Module],
+    batches: Iterable[Sequence[Tensor]],
+    samples: int,
+    *,
+    tokens: int = 0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], None] = lambda images: None,
+) -> tuple[dict[str, Inputs], Tensor]:
+    """Pass up to `samples` images through the model and keep what reaches each module.
+
+    Args:
+        model: images (B, C, H, W) -> anything; run without gradients. modules: the Linears to watch, by name.
+        batches: (x, y, ...) batches, read only as far as needed. samples: images to keep.
+        tokens: how many tokens of each image to keep for spectra (all, if it has fewer); 0 for none.
+        seed: of the places of the tokens, drawn anew for every batch and module.
+        advance: called with the number of images after every batch, for a progress bar.
+
+    Returns:
+        module -> `Inputs` on the CPU, and the labels or fields y (n, ...).
+
+    Raises:
+        ValueError: if there are no images, or what reaches a module holds NaN or infinity.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pooled: dict[str, list[Tensor]] = {name: [] for name in modules}
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    labels: list[Tensor] = []
+    count = 0
+
+    def keep(name: str, x: Tensor) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
+        x = x.detach().reshape(images, -1, x.shape[-1]).float()
+        pooled[name].append(x.mean(1).cpu())
+        if tokens:
+            place = torch.randperm(x.shape[1], generator=generator)[:tokens]
+            kept[name].append(x[:, place.to(x.device)].cpu())
+
+    with watch(modules, keep), torch.inference_mode():
+        for x, y, *_ in batches:
+            images = min(len(x), samples - count)
+            model(x[:images].to(device))
+            labels.append(y[:images].cpu())
+            count += images
+            advance(images)
+            if count >= samples:
+                break
+    if not count:
+        raise ValueError("there are no images to measure: the data loader is empty")
+    result = {}
+    for name in modules:
+        rows = torch.cat(pooled.pop(name))
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")
+        few = torch.cat(kept.pop(name)) if tokens else rows.new_zeros(count, 0, rows.shape[1])
+        result[name] = Inputs(rows.clone(), few.clone())
+    return result, torch.cat(labels)
+
+
+@contextmanager
+def watch(modules: dict[str, nn.Module], keep: Callable[[str, Tensor], None]) -> Any:
+    """Call keep(name, input) whenever one of the modules runs."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,192 @@
+"""Calibrated gaps: 0 under the null, the planted value where one is planted, whatever width, number and scale."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from orca_rank.distances import bures_wasserstein, energy_distance, mmd, otdd, proxy_a_distance, sliced_wasserstein
+from orca_rank.distances.null import calibrate, family_p, standardise, whiten
+from orca_rank.distances.scores import has_fast_route, make_score
+
+FAST = (mmd, energy_distance, functools.partial(sliced_wasserstein, projections=16))
+
+
+def squared_means(x, y):
+    """A user's own metric: the squared distance of the means."""
+    return (x.mean(0) - y.mean(0)).square().sum()
+
+
+def sample(seed, n, d, shift=0.0, scale=1.0):
+    """Anisotropic Gaussian rows; `shift` is the planted ‖t‖²/tr Σ."""
+    generator = np.random.default_rng(seed)
+    spread = np.exp(-2 * np.arange(d) / d)
+    direction = generator.permutation(spread) / np.linalg.norm(spread)
+    return scale * (generator.standard_normal((n, d)) * spread + direction * np.sqrt(shift * (spread**2).sum()))
+
+
+@pytest.mark.parametrize("metric", FAST)
+def test_fast_routes_are_the_metrics_themselves(metric):
+    x, y = sample(0, 40, 6), sample(1, 40, 6, 0.3)
+    pooled = np.concatenate([x, y])
+    unit = np.sqrt((x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum()) / 2)
+    score = make_score(metric, pooled, np.zeros(80, dtype=np.int64))
+    source = np.repeat([[1, 0]], 40, axis=1).reshape(1, 80)
+    fast = score.between([source, 1 - source], [(0, 1)])[0, 0]
+    left, right = torch.from_numpy(x / unit), torch.from_numpy(y / unit)
+    if metric in (mmd, energy_distance):
+        assert fast == pytest.approx(float(metric(left, right)), rel=1e-5)
+    else:  # whole bases of directions make the mean term of the plain estimate exact too
+        many = functools.partial(sliced_wasserstein, projections=600)
+        fast = make_score(many, pooled, np.zeros(80, dtype=np.int64)).between([source, 1 - source], [(0, 1)])[0, 0]
+        assert fast == pytest.approx(6 * float(many(left, right)), rel=1e-4)
+    assert has_fast_route(metric)
+    assert not has_fast_route(bures_wasserstein)
+
+
+@pytest.mark.parametrize("metric", FAST)
+def test_groups_with_repeated_images_match_the_long_way(metric):
+    pooled = np.concatenate([sample(0, 12, 5), sample(1, 12, 5, 1.0)])
+    score = make_score(metric, pooled, np.zeros(24, dtype=np.int64))
+    generator = np.random.default_rng(2)
+    left = np.concatenate([generator.multinomial(12, np.full(12, 1 / 12)), np.zeros(12, dtype=np.int64)])[None]
+    right = np.concatenate([np.zeros(12, dtype=np.int64), generator.multinomial(12, np.full(12, 1 / 12))])[None]
+    value = score.between([left, right], [(0, 1)])[0, 0]
+    rows = pooled - pooled.mean(0)
+    rows /= np.sqrt((pooled[:12].var(0, ddof=1).sum() + pooled[12:].var(0, ddof=1).sum()) / 2)
+    a, b = np.repeat(np.arange(24), left[0]), np.repeat(np.arange(24), right[0])
+    if score.unbiased:
+        squared = ((rows[:, None] - rows[None]) ** 2).sum(-1)
+        h = np.median(squared[np.triu_indices(24, 1)])
+        kernel = np.exp(-squared / h) if metric is mmd else -np.sqrt(squared)
+
+        def mean(i, j):
+            return np.mean([kernel[p, q] for p in i for q in j if p != q])
+
+        assert value == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), rel=0.02 if metric is mmd else 1e-9)
+    else:
+        shift = ((rows[a].mean(0) - rows[b].mean(0)) ** 2).sum()
+        assert value >= shift - 1e-9
+        same = score.between([left, left], [(0, 1)])[0, 0]
+        assert same == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [*FAST, bures_wasserstein, squared_means])
+@pytest.mark.parametrize("d", [64, 256])
+def test_mean_gap_under_the_null(metric, d):
+    options = {"bootstrap": 0, "permutations": 0, "splits": 2}
+    repeats = 8 if metric in (bures_wasserstein, squared_means) else 24
+    found = [calibrate(metric, sample(2 * s, 40, d), sample(2 * s + 1, 40, d), **options).value for s in range(repeats)]
+    assert abs(np.mean(found)) <= 3 * np.std(found, ddof=1) / np.sqrt(repeats)
+
+
+@pytest.mark.parametrize(("d", "n", "scale"), [(64, 400, 1.0), (256, 200, 1e-3), (1024, 100, 1e4)])
+@pytest.mark.parametrize("metric", [FAST[2], squared_means])
+def test_a_planted_mean_shift_is_recovered(metric, d, n, scale):
+    options = {"bootstrap": 0, "permutations": 0, "splits": 4}
+    found = [
+        calibrate(metric, sample(2 * s, n, d, 0.0, scale), sample(2 * s + 1, n, d, 0.3, scale), **options).value
+        for s in range(6)
+    ]
+    assert np.mean(found) == pytest.approx(0.3, rel=0.1)
+
+
+@pytest.mark.parametrize("metric", FAST)
+def test_scale_and_shift_change_nothing(metric):
+    x, y = sample(0, 60, 10), sample(1, 60, 10, 0.4)
+    plain = calibrate(metric, x, y, bootstrap=20, permutations=19)
+    moved = calibrate(metric, 250 * x + 3, 250 * y + 3, bootstrap=20, permutations=19)
+    assert moved[:5] == pytest.approx(plain[:5], rel=1e-3)
+    if metric is not FAST[2]:
+        turn = np.linalg.qr(np.random.default_rng(5).standard_normal((10, 10)))[0]
+        assert calibrate(metric, x @ turn, y @ turn, bootstrap=0, permutations=0).value == pytest.approx(plain.value)
+
+
+def test_permutation_p_values_are_uniform_under_the_null():
+    options = {"bootstrap": 0, "permutations": 99}
+    p = [calibrate(mmd, sample(2 * s, 24, 8), sample(2 * s + 1, 24, 8), **options).p for s in range(120)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert calibrate(mmd, sample(0, 24, 8), sample(1, 24, 8, 2.0), **options).p == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("metric", FAST[::2])
+def test_bootstrap_intervals_cover_the_planted_shift(metric):
+    hits = 0
+    for s in range(40):
+        x, y = sample(2 * s, 60, 12), sample(2 * s + 1, 60, 12, 0.5)
+        gap = calibrate(metric, x, y, bootstrap=60, permutations=0, splits=4)
+        truth = 0.5 if metric is not mmd else TRUE_MMD
+        hits += gap.low <= truth <= gap.high
+        assert gap.low <= gap.high
+    assert hits >= 31  # 95 % of 40 less three standard deviations and what 60 draws cost
+
+
+def large_mmd():
+    return calibrate(mmd, sample(901, 1500, 12), sample(902, 1500, 12, 0.5), bootstrap=0, permutations=0).value
+
+
+TRUE_MMD = large_mmd()
+
+
+def test_family_p_is_the_largest_over_layers():
+    generator = np.random.default_rng(0)
+    null = generator.standard_normal((5, 400))
+    observed = np.array([0.0, 1.0, 2.0, 3.0, 9.0])
+    family = family_p(observed, null)
+    single = (1 + (null >= observed[:, None]).sum(1)) / 401
+    assert (family >= single - 1e-12).all()
+    assert family[-1] == pytest.approx(1 / 401)
+    assert (np.diff(family) <= 0).all()
+    # Under the null the smallest family p-value is uniform or larger: 5 % stays 5 %.
+    smallest = [family_p(d[:, 0], d[:, 1:]).min() for d in generator.standard_normal((300, 5, 100))]
+    assert np.mean(np.array(smallest) <= 0.05) < 0.1
+    # A layer's scale does not matter.
+    assert family_p(observed * 7, null * 7) == pytest.approx(family)
+
+
+def test_labels_reach_otdd_and_stratify_the_halves():
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) % 4
+    centres = generator.standard_normal((4, 6)) * 3
+    x = centres[labels] + generator.standard_normal((40, 6))
+    y = centres[labels] + generator.standard_normal((40, 6)) + 4.0
+    metric = functools.partial(otdd, inner="gaussian", outer="exact")
+    gap = calibrate(metric, x, y, labels, labels, splits=2, bootstrap=0, permutations=0)
+    spread = (x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum()) / 2
+    assert gap.value == pytest.approx(2 * 6 * 16.0 / spread, rel=0.15)  # a translation by t: 2 ‖t‖²
+
+
+def test_unequal_sides_are_cut_and_proxy_a_works():
+    gap = calibrate(proxy_a_distance, sample(0, 60, 5), sample(1, 33, 5, 9.0), splits=1, bootstrap=0, permutations=0)
+    assert gap.value > 1.2
+    assert np.isnan(gap.p)
+    assert np.isnan(gap.low)
+
+
+def test_variants():
+    x, y = sample(0, 50, 8), sample(1, 50, 8, 1.0)
+    for transform in (standardise, whiten):
+        left, right = transform(x, y)
+        pooled = np.concatenate([left, right])
+        assert pooled.mean(0) == pytest.approx(0, abs=1e-9)
+        assert pooled.var(0) == pytest.approx(1, rel=1e-6)
+    assert np.cov(pooled.T, ddof=0) == pytest.approx(np.eye(8), abs=1e-9)
+    assert whiten(x, y, 3)[0].shape == (50, 3)
+    x[:, 2] = y[:, 2] = 1.5
+    assert standardise(x, y)[0][:, 2] == pytest.approx(0)
+
+
+def test_bad_input():
+    x = sample(0, 20, 4)
+    with pytest.raises(ValueError, match="width"):
+        calibrate(mmd, x, sample(1, 20, 5))
+    with pytest.raises(ValueError, match="at least 8"):
+        calibrate(mmd, x[:5], x)
+    with pytest.raises(ValueError, match="NaN"):
+        calibrate(mmd, x, np.full((20, 4), np.nan))
+    with pytest.raises(ValueError, match="do not vary"):
+        calibrate(mmd, np.ones((20, 4)), np.ones((20, 4)))
+    with pytest.raises(ValueError, match="splits"):
+        calibrate(sliced_wasserstein, x, x, splits=0)
