@@ -56,12 +56,11 @@ class FineTune(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)  # dropout draws the same after a resume
-
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # Dropout and adapters draw the same after a resume, whatever was drawn before it.
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 100_003 + batch_index)
         if batch_index % self.trainer.accumulate_grad_batches == 0:  # one draw per optimiser step, as DyLoRA
-            self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)  # the same after a resume
+            self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)
             adapters.begin_step(self.model.body, self.draws)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
@@ -255,8 +254,9 @@ def _trainer(config: DictConfig, folder: Path, task: Task, made_from: Any) -> tu
         raise ValueError(f"{folder} holds a run with other options: choose another finetune.tag, or force=true")
     with atomic(mark) as temporary:
         temporary.write_text(json.dumps(plain(made_from), default=str))
-    best = ModelCheckpoint(folder, "best", monitor=monitor, mode="min", save_last=True, enable_version_counter=False)
-    callbacks: list[Callback] = [best, Curve(folder / "curve.csv")]
+    saving = {"enable_version_counter": False, "save_on_train_epoch_end": True}
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode="min", **saving)
+    callbacks: list[Callback] = [Curve(folder / "curve.csv"), best, ModelCheckpoint(folder, "last", **saving)]
     if config.finetune.patience is not None:
         callbacks.append(EarlyStopping(monitor, patience=config.finetune.patience, mode="min"))
     trainer = build(
