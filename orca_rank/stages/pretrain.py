@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import math
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,83 +20,17 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from orca_rank.artifacts import atomic, finished, key, plain, read_json, select, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import atomic, finished, key, plain, select, stage_folder, write_json, write_tensors
 from orca_rank.build import build
 from orca_rank.data.augment import Augmentation, mix, soft_labels
 from orca_rank.data.module import channel_statistics
 from orca_rank.stages.muon import MuonAdamW, parameter_groups
+from orca_rank.stages.pretrain_recipe import ON_THE_SPOT, EpochOrder, Recipe, keep_recipe, lr_factor
 
 console = Console(highlight=False)
 Pair = tuple[Tensor, Tensor]
-# For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
-ON_THE_SPOT = {
-    "epochs": 4,
-    "batch_size": 16,
-    "optimizer": "muon",
-    "lr": 5e-3,
-    "warmup_epochs": 0.5,
-    "ema": 0.95,
-    "augmentation": {"crop_scale": [0.8, 1.0], "crop_ratio": 1.1, "flip": False, "smoothing": 0.05},
-}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to pretrain.
-
-    Args:
-        epochs: passes over the training images.
-        batch_size: images per pass through the network; accumulate: passes per optimiser step.
-        optimizer: "adamw", or "muon" for Muon on the matrices of the body and AdamW on the rest.
-        lr, weight_decay: peak learning rate, decoupled weight decay (not on biases, norms and position tables).
-        warmup_epochs: of linear warm-up.
-        schedule: "cosine" to 0, or "wsd" (warm-up, stable, decay: constant until `decay_epochs` before the end, then
-            linear to 0; arXiv 2404.06395). With wsd the end may be moved by a resume before the decay has begun.
-        ema: decay β of the moving average of the weights, θ̄ ← β_t θ̄ + (1 − β_t) θ with β_t = min(β, (1 + t)/(10 + t)).
-        clip: largest gradient norm, or null.
-        compile: torch.compile the training step (a few minutes once, then about a quarter faster on a CPU).
-        half: write the weights as float16.
-        seed: of initial order, augmentation and dropout.
-        augmentation: see `Augmentation`.
-    """
-
-    epochs: int = 30
-    batch_size: int = 128
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    schedule: str = "cosine"
-    decay_epochs: float = 8.0
-    ema: float = 0.998
-    clip: float | None = None
-    compile: bool = False
-    half: bool = True
-    seed: int = 0
-    augmentation: Augmentation = field(default_factory=Augmentation)
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be 'adamw' or 'muon', received {self.optimizer!r}")
-        if self.schedule not in ("cosine", "wsd"):
-            raise ValueError(f"schedule must be 'cosine' or 'wsd', received {self.schedule!r}")
-        if min(self.epochs, self.batch_size, self.accumulate) < 1 or self.lr <= 0:
-            raise ValueError("epochs, batch_size and accumulate must be at least 1 and lr above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), received {self.ema}")
-
-
-def lr_factor(step: int, steps_per_epoch: float, recipe: Recipe) -> float:
-    """The learning rate of optimiser step 0, 1, … as a fraction of its peak."""
-    warm, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-    return max(0.0, min(1.0, (total - step) / max(1.0, recipe.decay_epochs * steps_per_epoch)))
 
 
 class Pretrain(L.LightningModule):
@@ -114,7 +45,7 @@ class Pretrain(L.LightningModule):
     def __init__(self, network: nn.Module, recipe: Recipe, classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.network, self.recipe, self.classes = network, recipe, classes
-        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.average = copy.deepcopy(network).requires_grad_(False)
         patches = getattr(network, "patch_embed", None)
         self.size: tuple[int, int] | None = None if patches is None else tuple(patches.img_size)
         self.register_buffer("mean", mean)
@@ -128,14 +59,10 @@ class Pretrain(L.LightningModule):
     def normalised(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return (x - self.mean) / self.std
 
-    def on_train_epoch_start(self) -> None:
-        torch.manual_seed(
-            self.recipe.seed + 7919 * self.current_epoch
-        )  # dropout and drop path, the same after a resume
-
-    def training_step(self, batch: Pair, index: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         images, labels = batch
         options, random = self.recipe.augmentation, np.random.default_rng((self.recipe.seed, self.current_epoch, index))
+        torch.manual_seed(int(random.integers(2**31)))  # dropout and drop path, the same after a resume
         x = options.images(unit_range(images, self.size), random)
         target = soft_labels(labels, self.classes, options.smoothing)
         x, target = mix(x, target, options, random)
@@ -149,7 +76,7 @@ class Pretrain(L.LightningModule):
         update_average(self.average, self.network, min(self.recipe.ema, (1 + count) / (10 + count)))
         self.updates += 1
 
-    def validation_step(self, batch: Pair, index: int) -> None:
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
         """Top-1 of the average on every batch, of the raw weights on every fourth (a cheap second curve)."""
         images, labels = batch
         x = self.normalised(unit_range(images, self.size))
@@ -163,7 +90,7 @@ class Pretrain(L.LightningModule):
         groups = parameter_groups(self.network, recipe.weight_decay, muon)
         make = MuonAdamW if muon else torch.optim.AdamW
         optimizer = make(groups, lr=recipe.lr, betas=(0.9, 0.99))
-        per_epoch = self.trainer.estimated_stepping_batches / recipe.epochs
+        per_epoch = self.trainer.estimated_stepping_batches / self.trainer.max_epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, per_epoch, recipe))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -198,8 +125,9 @@ class Keep(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False)
         left = (self.recipe.epochs - len(self.rows)) * seconds / 60
         console.print(
-            f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  top-1 "
-            f"{metrics['val/top1']:.2%} (raw weights {metrics['val/top1_raw']:.2%})  {seconds:.0f} s, {left:.0f} min left"
+            f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  "
+            f"top-1 {metrics['val/top1']:.2%} (raw weights {metrics['val/top1_raw']:.2%})  "
+            f"{seconds:.0f} s, {left:.0f} min left"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -207,28 +135,6 @@ class Keep(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
-
-
-class EpochOrder(Sampler[Tensor]):
-    """Whole batches of indices in an order that depends on (seed, epoch) alone; an incomplete last batch is left out.
-
-    Args:
-        count: images. batch_size: per batch. seed: of the order.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, min(batch_size, count), seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(self.count))
-        yield from order[: len(self) * self.batch_size].split(self.batch_size)
 
 
 def pretrain(
@@ -259,7 +165,7 @@ def pretrain(
     classes = int(train[1].max()) + 1 if classes is None else classes
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "last.ckpt"
-    _same_recipe(folder / "recipe.json", recipe, checkpoint.exists())
+    keep_recipe(folder / "recipe.json", recipe, checkpoint.exists())
     mean, std = channel_statistics(train[0])
     scale = 255 if train[0].dtype == torch.uint8 else 1
     module = Pretrain(network, recipe, classes, mean / scale, std / scale)
@@ -286,7 +192,7 @@ def unit_range(images: Tensor, size: tuple[int, int] | None) -> Float[Tensor, "b
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+def update_average(average: nn.Module, network: nn.Module, decay: float | int) -> None:
     """θ̄ ← decay θ̄ + (1 − decay) θ for parameters; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     for old, new in zip(average.buffers(), network.buffers(), strict=True):
@@ -300,20 +206,6 @@ def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, 
         json.dumps([round(value, 6) for value in part.flatten().tolist()]) for part in (module.mean, module.std)
     )
     write_tensors(path, state, {"epoch": str(epoch), "val_top1": f"{top1:.6f}", "mean": mean, "std": std})
-
-
-def _same_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:
-    values = json.loads(json.dumps(asdict(recipe)))
-    if resuming and path.exists():
-        stored = json.loads(path.read_text())
-        changed = [k for k in values if stored.get(k) != values[k] and k not in ("epochs", "decay_epochs", "compile")]
-        if changed:
-            raise ValueError(
-                f"{path.parent} holds a run with other options ({', '.join(changed)}): "
-                f"use another folder, or remove last.ckpt there"
-            )
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def run(config: DictConfig) -> None:

@@ -1,0 +1,126 @@
+"""The options of pretraining, its learning-rate schedule and its order of images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from orca_rank.artifacts import atomic
+from orca_rank.data.augment import Augmentation
+
+# For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
+ON_THE_SPOT = {
+    "epochs": 4,
+    "batch_size": 16,
+    "optimizer": "muon",
+    "lr": 5e-3,
+    "warmup_epochs": 0.5,
+    "ema": 0.95,
+    "augmentation": {"crop_scale": [0.8, 1.0], "crop_ratio": 1.1, "flip": False, "smoothing": 0.05},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to pretrain.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images per pass through the network; accumulate: passes per optimiser step.
+        optimizer: "adamw", or "muon" for Muon on the matrices of the body and AdamW on the rest.
+        lr, weight_decay: peak learning rate, decoupled weight decay (not on biases, norms and position tables).
+        warmup_epochs: of linear warm-up.
+        schedule: "cosine" to 0, or "wsd" (warm-up, stable, decay: constant until `decay_epochs` before the end, then
+            linear to 0; arXiv 2404.06395). With wsd the end may be moved by a resume before the decay has begun.
+        ema: decay β of the moving average of the weights, θ̄ ← β_t θ̄ + (1 − β_t) θ with β_t = min(β, (1 + t)/(10 + t)).
+        clip: largest gradient norm, or null.
+        compile: torch.compile the training step (a few minutes once, then about a quarter faster on a CPU).
+        half: write the weights as float16.
+        seed: of initial order, augmentation and dropout.
+        augmentation: see `Augmentation`.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float | int = 2e-3
+    weight_decay: float | int = 0.05
+    warmup_epochs: float | int = 1.0
+    schedule: str = "cosine"
+    decay_epochs: float | int = 8.0
+    ema: float | int = 0.998
+    clip: float | int | None = None
+    compile: bool = False
+    half: bool = True
+    seed: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', received {self.optimizer!r}")
+        if self.schedule not in ("cosine", "wsd"):
+            raise ValueError(f"schedule must be 'cosine' or 'wsd', received {self.schedule!r}")
+        if min(self.epochs, self.batch_size, self.accumulate) < 1 or self.lr <= 0:
+            raise ValueError("epochs, batch_size and accumulate must be at least 1 and lr above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), received {self.ema}")
+
+
+def lr_factor(step: int, steps_per_epoch: float | int, recipe: Recipe) -> float:
+    """The learning rate of optimiser step 0, 1, … as a fraction of its peak."""
+    warm, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if recipe.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+    return max(0.0, min(1.0, (total - step) / max(1.0, recipe.decay_epochs * steps_per_epoch)))
+
+
+class EpochOrder(Sampler[Tensor]):
+    """Whole batches of indices in an order that depends on (seed, epoch) alone; an incomplete last batch is left out.
+
+    Args:
+        count: images. batch_size: per batch. seed: of the order.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, min(batch_size, count), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(self.count))
+        yield from order[: len(self) * self.batch_size].split(self.batch_size)
+
+
+def keep_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:
+    """Write the recipe beside the checkpoint, after a check that the checkpoint was made with the same one.
+
+    Raises:
+        ValueError: if other options than epochs, decay_epochs and compile have changed.
+    """
+    values = json.loads(json.dumps(asdict(recipe)))
+    if resuming and path.exists():
+        stored = json.loads(path.read_text())
+        changed = [k for k in values if stored.get(k) != values[k] and k not in ("epochs", "decay_epochs", "compile")]
+        if changed:
+            raise ValueError(
+                f"{path.parent} holds a run with other options ({', '.join(changed)}): "
+                f"use another folder, or remove last.ckpt there"
+            )
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
