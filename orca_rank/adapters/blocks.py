@@ -1,7 +1,7 @@
 """Lean forward passes of timm's Swin and ViT blocks: they hand each adapted Linear what comes before it.
 
-Nothing of timm is imported: a block is recognised by the parts that its forward pass reads. Where something is in the way
-(a hook, a trained LayerNorm, active dropout, padding, compilation, no gradient) the block runs its own code.
+Nothing of timm is imported: a block is recognised by the parts that its forward pass reads. Where something is in the
+way (a hook, a trained LayerNorm, active dropout, padding, compilation, no gradient) the block runs its own code.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from functools import partial
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orca_rank.adapters.linear import MEMORY, AdaptedLinear
@@ -25,8 +24,8 @@ def set_memory(model: nn.Module, memory: str) -> None:
 
     Args:
         model: with adapters.
-        memory: ``plain`` is ordinary autograd, the readable reference; ``balanced`` rebuilds LayerNorm and GELU outputs
-            and attention's weighted sums in the backward pass; ``lean`` rebuilds the attention weights too.
+        memory: ``plain`` is ordinary autograd, the readable reference; ``lean`` rebuilds the outputs of LayerNorm,
+            GELU and window attention in the backward pass.
 
     Raises:
         ValueError: for another mode.
@@ -41,8 +40,7 @@ def set_memory(model: nn.Module, memory: str) -> None:
             continue
         vars(block).pop("forward", None)
         if memory != "plain" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
-            swin = swin_lean if memory == "lean" else swin_block
-            block.forward = MethodType(swin if _is_swin(block) else vit_block, block)
+            block.forward = MethodType(swin_block if _is_swin(block) else vit_block, block)
 
 
 def _has(module: nn.Module, names: tuple[str, ...]) -> bool:
@@ -69,15 +67,17 @@ def _in_the_way(block: nn.Module) -> bool:
     return False
 
 
-def run_after(linear: nn.Module, before: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``linear(before(*inputs))``, keeping the inputs instead of ``before``'s output where the adapters allow it.
+def run_after(
+    linear: nn.Module, before: Callable[..., Tensor], x: Tensor, group: int | None = None, reuse: bool = False
+) -> Tensor:
+    """``linear(before(x))``, keeping x instead of ``before``'s output where the adapters allow it.
 
     A frozen Linear keeps nothing of its input in any case.
     """
     trained = isinstance(before, nn.Module) and any(p.requires_grad for p in before.parameters())
     if isinstance(linear, AdaptedLinear) and linear.is_lean and not trained:
-        return linear.after(before, *inputs)
-    return linear(before(*inputs))
+        return linear.after(before, x, group=group, reuse=reuse)
+    return linear(before(x))
 
 
 def mlp(module: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ def mlp(module: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     h = run_after(module.fc1, norm, x)  # (..., d) -> (..., 4d)
     if not isinstance(module.norm, nn.Identity) or (module.drop1.p > 0 and module.training):
         return module.drop2(module.fc2(module.norm(module.drop1(module.act(h)))))
-    return module.drop2(run_after(module.fc2, module.act, h))
+    return module.drop2(run_after(module.fc2, module.act, h, reuse=True))
 
 
-def swin_block(block: nn.Module, x: Tensor, keep_weights: bool = True) -> Tensor:
+def swin_block(block: nn.Module, x: Tensor) -> Tensor:
     """timm's SwinTransformerBlock.forward. (B, H, W, C) -> (B, H, W, C)"""
     b, h, w, c = x.shape
     wh, ww = block.window_size
@@ -105,32 +105,22 @@ def swin_block(block: nn.Module, x: Tensor, keep_weights: bool = True) -> Tensor
     sy, sx = block.shift_size
     shifted = torch.roll(x, (-sy, -sx), (1, 2)) if sy or sx else x
     windows = shifted.view(b, h // wh, wh, w // ww, ww, c).transpose(2, 3).reshape(-1, wh * ww, c)  # (B nW, T, C)
-    y = window_attention(attn, block.norm1, windows, block.attn_mask, keep_weights)
+    y = window_attention(attn, block.norm1, windows, block.attn_mask)
     y = y.view(b, h // wh, w // ww, wh, ww, c).transpose(2, 3).reshape(b, h, w, c)
     y = torch.roll(y, (sy, sx), (1, 2)) if sy or sx else y
     x = (x + block.drop_path1(y)).reshape(b, -1, c)
     return (x + block.drop_path2(mlp(block.mlp, block.norm2, x))).reshape(b, h, w, c)
 
 
-def swin_lean(block: nn.Module, x: Tensor) -> Tensor:
-    """`swin_block` that keeps no attention weights."""
-    return swin_block(block, x, keep_weights=False)
-
-
-def window_attention(attn: nn.Module, norm: nn.Module, x: Tensor, mask: Tensor | None, keep_weights: bool) -> Tensor:
+def window_attention(attn: nn.Module, norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """timm's WindowAttention.forward after its norm, which works token by token and so commutes with windowing."""
     qkv = run_after(attn.qkv, norm, x)  # (B nW, T, C) -> (B nW, T, 3C)
     bias = attn._get_rel_pos_bias()  # (1, heads, T, T)
     if mask is not None:
-        bias = bias + mask.unsqueeze(1)  # (nW, heads, T, T)
-    heads, scale = attn.num_heads, attn.scale
-    if keep_weights:
-        q, k, v = split_heads(qkv, heads)
-        weights = attention_weights(q, k, bias, scale)
-        y = run_after(attn.proj, weighted_sum, weights, v)
-    else:
-        y = run_after(attn.proj, partial(attention, heads=heads, bias=bias, scale=scale), qkv)
-    return attn.proj_drop(y)
+        # timm's mask is -100, whose exponential is a denormal number, and a CPU multiplies those twenty times slower.
+        bias = bias + mask.masked_fill(mask <= -100, -torch.inf).unsqueeze(1)  # (nW, heads, T, T)
+    core = partial(attention, heads=attn.num_heads, bias=bias, scale=attn.scale)
+    return attn.proj_drop(run_after(attn.proj, core, qkv, group=len(bias), reuse=True))
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

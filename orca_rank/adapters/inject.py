@@ -20,7 +20,7 @@ def inject(
     plan: Any,
     adapter: Callable[..., nn.Module] = LoRA,
     *,
-    memory: str = "balanced",
+    memory: str = "lean",
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def inject(
         model: any module that contains the Linears.
         plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
         adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it.
-        memory: what a training step keeps: ``plain`` | ``balanced`` | ``lean``, see `set_memory`.
+        memory: what a training step keeps: ``lean`` | ``plain``, see `set_memory`.
         freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
         generator: source of the random initial values.
 

@@ -2,16 +2,18 @@
 
 Autograd keeps every input of a trained matrix. Here the input is rebuilt in the backward pass from what has to be kept
 anyway: LayerNorm's output from its input, GELU's from its input, attention's from q, k, v. x is kept once for all
-adapters of a matrix, the frozen W₀ keeps nothing, and with A frozen (LoRA-FA) only Ax remains. Gradients accumulate into
-the outputs in place.
+adapters of a matrix, the frozen W₀ keeps nothing, and with A frozen (LoRA-FA) only Ax remains. On a CPU both passes
+walk through the rows in chunks that stay in cache, so that what is rebuilt is never written to memory as a whole.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+CPU_ROWS = 2048
 
 
 def prefers_dense(rank: int, d_in: int, d_out: int) -> bool:
@@ -21,123 +23,155 @@ def prefers_dense(rank: int, d_in: int, d_out: int) -> bool:
     return 3 * rank * (d_in + d_out) > d_in * d_out
 
 
-class LeanLinear(torch.autograd.Function):
-    """y = W₀u + bias + BAu with u = before(inputs), which is recomputed in the backward pass.
+class Plan(NamedTuple):
+    """How a `LeanLinear` works: everything about it that is no tensor.
 
-    Args of ``apply``:
-        before: a deterministic function of ``inputs`` whose parameters are frozen, or None for u = inputs[0].
+    Args:
+        before: a deterministic function of the inputs with frozen parameters, or None for u = inputs[0].
         rows: for each B, the rows of W₀ that it adapts; the rows of A belong to the Bs in their order.
         dense: form W₀ + BA (see `prefers_dense`).
-        weight, bias: frozen W₀ (d_out, d_in) and its bias or None.
-        a: all A stacked, (R, d_in). b_and_inputs: each B (rows, r) with its scale, then the inputs.
+        group: how many entries of dimension 0 ``before`` must see together.
+        dtype: in which to multiply.
+        reuse: nobody else reads the inputs, so their gradients may take their memory. The graph then serves one
+            backward pass; a second one stops with autograd's error about a changed tensor.
+    """
+
+    before: Callable[..., Tensor] | None
+    rows: Sequence[slice]
+    dense: bool
+    group: int
+    dtype: torch.dtype
+    reuse: bool = False
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Slices of dimension 0 of the inputs, and the slices of the rows of y that belong to them."""
+        entries, per_entry = len(x), math.prod(x.shape[1:-1])
+        step = entries
+        if x.device.type == "cpu":
+            step = max(1, round(CPU_ROWS / per_entry / self.group)) * self.group
+        for start in range(0, entries, max(step, 1)):
+            stop = min(start + step, entries)
+            yield slice(start, stop), slice(start * per_entry, stop * per_entry)
+
+
+class LeanLinear(torch.autograd.Function):
+    """y = W₀u + bias + BAu with u = before(inputs), one row of y for each row of u.
+
+    Args of ``apply``: plan; frozen weight W₀ (d_out, d_in) and its bias or None; a, all A stacked, (R, d_in); then each
+    B (rows, r) with its scale; then the inputs, (n, ..., d) with the same n.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        before: Callable[..., Tensor] | None,
-        rows: Sequence[slice],
-        dense: bool,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        *b_and_inputs: Tensor,
-    ) -> Tensor:
-        bs, inputs = b_and_inputs[: len(rows)], b_and_inputs[len(rows) :]
-        u = inputs[0] if before is None else before(*inputs)
-        device = u.device.type
-        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        flat = u.reshape(-1, a.shape[1]).to(a.dtype)  # (N, d_in)
-        w, own_bias = weight.to(a.dtype), None if bias is None else bias.to(a.dtype)
-        z = None
-        if dense:
-            y = F.linear(flat, _with_product(w, a, bs, rows), own_bias)
-        else:
-            y = F.linear(flat, w, own_bias)  # (N, d_out)
-            z = a @ flat.T  # (R, N): this orientation makes the product for dB fast
-            for part, b, z_part in zip(rows, bs, _split(z, bs), strict=True):
-                y[:, part].addmm_(z_part.T, b.T)
-        needs = ctx.needs_input_grad
-        learns_a, learns_b = needs[5], any(needs[6 : 6 + len(rows)])
-        passes_on = any(needs[6 + len(rows) :])
-        keep_inputs = learns_a or (dense and learns_b) or (before is not None and passes_on)
-        ctx.save_for_backward(
-            weight, a, z if learns_b else None, *bs, *(inputs if keep_inputs else [None] * len(inputs))
-        )
-        ctx.before, ctx.rows, ctx.dense, ctx.autocast, ctx.dtype = before, rows, dense, autocast, u.dtype
-        ctx.shape = u.shape
-        return y.reshape(*u.shape[:-1], -1)
+    def forward(ctx: Any, plan: Plan, weight: Tensor, bias: Tensor | None, a: Tensor, *b_and_inputs: Tensor) -> Tensor:
+        count = len(plan.rows)
+        bs, inputs = b_and_inputs[:count], b_and_inputs[count:]
+        learns_a, learns_b = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4 : 4 + count])
+        passes_on = any(ctx.needs_input_grad[4 + count :])
+        keeps_inputs = learns_a or (plan.dense and learns_b) or (plan.before is not None and passes_on)
+        device = weight.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        w = _dense_weight(plan, weight, a, bs) if plan.dense else weight.to(plan.dtype)
+        own_bias = None if bias is None else bias.to(plan.dtype)
+        y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(weight), dtype=plan.dtype)
+        z = None if keeps_inputs or plan.dense or not learns_b else y.new_empty(len(y), len(a))
+        for entries, rows in plan.chunks(inputs[0]):
+            given = [x[entries] for x in inputs]
+            u = (given[0] if plan.before is None else plan.before(*given)).reshape(-1, a.shape[1]).to(plan.dtype)
+            y_own = y[rows]
+            if own_bias is None:
+                torch.mm(u, w.T, out=y_own)
+            else:
+                torch.addmm(own_bias, u, w.T, out=y_own)
+            if not plan.dense:
+                z_own = u @ a.T  # (n, R)
+                for part, b, z_part in zip(plan.rows, bs, _split(z_own, bs, 1), strict=True):
+                    y_own[:, part].addmm_(z_part, b.T)
+                if z is not None:
+                    z[rows] = z_own
+        ctx.plan = plan
+        ctx.save_for_backward(weight, a, z, *bs, *(inputs if keeps_inputs else [x.new_empty(0) for x in inputs]))
+        ctx.shape, ctx.inputs_dtype, ctx.keeps_inputs = inputs[0].shape, inputs[0].dtype, keeps_inputs
+        return y.reshape(*inputs[0].shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        plan: Plan = ctx.plan
+        count = len(plan.rows)
         weight, a, z, *rest = ctx.saved_tensors
-        count, rows = len(ctx.rows), ctx.rows
         bs, inputs = rest[:count], rest[count:]
-        learns_a, learns_b = ctx.needs_input_grad[5], ctx.needs_input_grad[6 : 6 + count]
-        wanted = ctx.needs_input_grad[6 + count :]
-        u, leaves = _rebuild(ctx.before, inputs, wanted, ctx.autocast)
-        dy = dy.reshape(-1, dy.shape[-1])  # (N, d_out)
-        flat = None if u is None else u.detach().reshape(-1, a.shape[1]).to(a.dtype)
-        w = weight.to(a.dtype)
-        da, dbs, du = None, [None] * count, None
-        if ctx.dense:
-            if learns_a or any(learns_b):
-                dw = dy.T @ flat  # (d_out, d_in)
-                a_parts = _split(a, bs)
-                dbs = [dw[part] @ own.T for part, own in zip(rows, a_parts, strict=True)]
-                da = torch.cat([b.T @ dw[part] for part, b in zip(rows, bs, strict=True)])
-            if any(wanted):
-                du = dy @ _with_product(w, a, bs, rows)
-        else:
-            if any(learns_b):
-                dbs = [(own @ dy[:, part]).T for part, own in zip(rows, _split(z, bs), strict=True)]
-            if learns_a or any(wanted):
-                dz = torch.cat([b.T @ dy[:, part].T for part, b in zip(rows, bs, strict=True)])  # (R, N)
-            if learns_a:
-                da = dz @ flat
-            if any(wanted):
-                du = (dy @ w).addmm_(dz.T, a)
-        d_inputs = _pass_on(ctx, u, du, leaves, wanted)
-        return None, None, None, None, None, da, *dbs, *d_inputs
+        learns_a, learns_b = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4 : 4 + count])
+        wanted = ctx.needs_input_grad[4 + count :]
+        dy = dy.reshape(-1, len(weight))  # (N, d_out)
+        w = _dense_weight(plan, weight, a, bs) if plan.dense else weight.to(plan.dtype)
+        dw = torch.zeros_like(w) if plan.dense else None
+        da, dbs = torch.zeros_like(a), [torch.zeros_like(b.T) for b in bs]
+        dx: list[Any] = [None] * len(inputs)
+        if plan.before is None and wanted[0]:
+            dx = [dy.new_empty(ctx.shape, dtype=ctx.inputs_dtype)]
+        elif plan.before is not None:
+            dx = [
+                None if not want else x.detach() if plan.reuse else torch.empty_like(x)
+                for x, want in zip(inputs, wanted, strict=True)
+            ]
+        like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shape)
+        for entries, rows in plan.chunks(like):
+            given = [x[entries] for x in inputs] if ctx.keeps_inputs else []
+            u, leaves = _rebuild(plan, given, wanted, ctx.autocast)
+            flat = None if u is None else u.detach().reshape(-1, a.shape[1]).to(plan.dtype)
+            dy_own = dy[rows]
+            if plan.dense:
+                if learns_a or learns_b:
+                    dw.addmm_(dy_own.T, flat)
+                du = dy_own @ w if any(wanted) else None
+            else:
+                dz = torch.cat([dy_own[:, part] @ b for part, b in zip(plan.rows, bs, strict=True)], dim=1)  # (n, R)
+                if learns_b:
+                    z_own = flat @ a.T if z is None else z[rows]
+                    for part, db, z_part in zip(plan.rows, dbs, _split(z_own, bs, 1), strict=True):
+                        db.addmm_(z_part.T, dy_own[:, part])
+                if learns_a:
+                    da.addmm_(dz.T, flat)
+                du = (dy_own @ w).addmm_(dz, a) if any(wanted) else None
+            if du is not None:
+                _pass_on(plan, u, du, leaves, [d if d is None else d[entries] for d in dx])
+        if plan.dense:
+            da = torch.cat([b.T @ dw[part] for part, b in zip(plan.rows, bs, strict=True)])
+            dbs = [own @ dw[part].T for part, own in zip(plan.rows, _split(a, bs, 0), strict=True)]
+        return None, None, None, da, *(db.T for db in dbs), *dx
 
 
-def _split(stacked: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The rows of A, or of Ax, that belong to each B."""
-    return stacked.split([b.shape[1] for b in bs])
+def _split(stacked: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """The part of A, or of Ax, that belongs to each B."""
+    return stacked.split([b.shape[1] for b in bs], dim)
 
 
-def _with_product(w: Tensor, a: Tensor, bs: Sequence[Tensor], rows: Sequence[slice]) -> Tensor:
+def _dense_weight(plan: Plan, weight: Tensor, a: Tensor, bs: Sequence[Tensor]) -> Tensor:
     """W₀ + BA."""
-    w = w.clone()
-    for part, b, own in zip(rows, bs, _split(a, bs), strict=True):
+    w = weight.detach().to(plan.dtype, copy=True)
+    for part, b, own in zip(plan.rows, bs, _split(a, bs, 0), strict=True):
         w[part].addmm_(b, own)
     return w
 
 
 def _rebuild(
-    before: Callable[..., Tensor] | None,
-    inputs: Sequence[Tensor | None],
-    wanted: Sequence[bool],
-    autocast: tuple[str, torch.dtype, bool],
+    plan: Plan, given: Sequence[Tensor], wanted: Sequence[bool], autocast: tuple[str, torch.dtype, bool]
 ) -> tuple[Tensor | None, list[Tensor]]:
     """u again, under the autocast state of the forward pass, on leaves that collect gradients where wanted."""
-    if before is None or inputs[0] is None:
-        return inputs[0], []
+    if plan.before is None or not given:
+        return (given[0] if given else None), []
     device, dtype, enabled = autocast
-    leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-    with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-        return before(*leaves), leaves
+    leaves = [x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=True)]
+    with torch.set_grad_enabled(any(wanted)), torch.autocast(device, dtype, enabled, cache_enabled=False):
+        return plan.before(*leaves), leaves
 
 
-def _pass_on(
-    ctx: Any, u: Tensor | None, du: Tensor | None, leaves: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Gradients of the inputs from that of u."""
-    if du is None:
-        return [None] * len(wanted)
-    if ctx.before is None:
-        return [du.reshape(ctx.shape).to(ctx.dtype)]
-    du = du.reshape(u.shape).to(u.dtype)
-    grads = iter(torch.autograd.grad(u, [leaf for leaf, want in zip(leaves, wanted, strict=True) if want], du))
-    return [next(grads) if want else None for want in wanted]
+def _pass_on(plan: Plan, u: Tensor | None, du: Tensor, leaves: Sequence[Tensor], into: Sequence[Tensor | None]) -> None:
+    """Write the inputs' gradients, from that of u, into their chunks."""
+    if plan.before is None:
+        into[0].copy_(du.reshape(into[0].shape))
+        return
+    pairs = [(leaf, target) for leaf, target in zip(leaves, into, strict=True) if target is not None]
+    grads = torch.autograd.grad(u, [leaf for leaf, _ in pairs], du.reshape(u.shape).to(u.dtype))
+    for (_, target), grad in zip(pairs, grads, strict=True):
+        target.copy_(grad)

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.lean import LeanLinear, prefers_dense
+from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
 
 WHOLE = "all"
 THIRDS = ("q", "k", "v")
-MEMORY = ("plain", "balanced", "lean")
+MEMORY = ("plain", "lean")
 
 
 class AdaptedLinear(nn.Linear):
@@ -93,8 +93,17 @@ class AdaptedLinear(nn.Linear):
             or not all(branch.low_rank for branch in self.branches.values())
         )
 
-    def after(self, before: Callable[..., Tensor] | None, *inputs: Tensor) -> Tensor:
-        """The layer applied to ``before(*inputs)``, which the backward pass computes again instead of keeping it."""
+    def after(
+        self, before: Callable[..., Tensor] | None, *inputs: Tensor, group: int | None = None, reuse: bool = False
+    ) -> Tensor:
+        """The layer applied to ``before(*inputs)``, which the backward pass computes again instead of keeping it.
+
+        Args:
+            before: see `lean.Plan`; None is the identity.
+            inputs: each (n, ..., d).
+            group: how many entries of dimension 0 ``before`` must see together; None when it works row by row.
+            reuse: see `lean.Plan`.
+        """
         device = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
@@ -102,8 +111,13 @@ class AdaptedLinear(nn.Linear):
         a = torch.cat([a for a, _ in factors]) if len(factors) > 1 else factors[0][0]
         bs = [b.to(dtype) for _, b in factors]
         rows = [self.rows(part) for part in self.branches]
-        dense = sum(prefers_dense(b.shape[1], self.in_features, len(b)) for b in bs) == len(bs)
-        return LeanLinear.apply(before, rows, dense, self.base_weight(), self.bias, a.to(dtype), *bs, *inputs)
+        dense = all(prefers_dense(b.shape[1], self.in_features, len(b)) for b in bs)
+        plan = Plan(before, rows, dense, group or 1, dtype, reuse)
+        shape = inputs[0].shape[:-1]
+        if group is None:
+            inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
+        y = LeanLinear.apply(plan, self.base_weight(), self.bias, a.to(dtype), *bs, *inputs)
+        return y.reshape(*shape, -1)
 
     @property
     def dropout(self) -> float:
