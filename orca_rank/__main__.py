@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
@@ -20,7 +18,6 @@ CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).pa
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(config: DictConfig) -> None:
     """Run the configured stage; an error is one message on stderr and exit status 1."""
-    _quiet()
     try:
         build(config.stage)(config)
     except KeyboardInterrupt:
@@ -30,18 +27,6 @@ def main(config: DictConfig) -> None:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(f"error: {message}\n(ORCA_RANK_TRACEBACK=1 shows where)")
-
-
-def _quiet() -> None:
-    # Lightning's banners and hints say nothing that a user of these stages can act on.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        "(Checkpoint|Experiment logs) directory .* exists and is not empty",
-        ".*does not have many workers",
-        ".*isinstance.treespec, LeafSpec.",
-        "The number of training batches",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,9 @@ def check_inputs(path: Path, payload: Mapping[str, Any], made_by: str) -> None:
     for name, expected in payload["inputs"].items():
         source = path.parent.parent / name
         if not source.exists():
-            raise FileNotFoundError(f"{path} was made from {source}, which is gone: run `python -m orca_rank {made_by}`")
+            raise FileNotFoundError(
+                f"{path} was made from {source}, which is gone: run `python -m orca_rank {made_by}`"
+            )
         if file_hash(source) != expected:
             raise ValueError(f"{source} changed after {path} was made from it: run `python -m orca_rank {made_by}`")
 

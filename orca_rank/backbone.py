@@ -173,7 +173,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         FileNotFoundError: no such file. ValueError: not a state dict, or missing or misshapen tensors.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}: set backbone.pretrained to an existing file, true or false")
+        raise FileNotFoundError(
+            f"no weights file at {path}: set backbone.pretrained to an existing file, true or false"
+        )
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
@@ -191,7 +193,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     missing = [name for name, _ in model.named_parameters() if name not in state]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}")
-    wrong = [f"{n}: {tuple(v.shape)}, expected {tuple(wanted[n].shape)}" for n, v in state.items() if v.shape != wanted[n].shape]
+    wrong = [
+        f"{n}: {tuple(v.shape)}, expected {tuple(wanted[n].shape)}"
+        for n, v in state.items()
+        if v.shape != wanted[n].shape
+    ]
     if wrong:
         raise ValueError(f"{path} does not fit this backbone: {'; '.join(wrong[:3])}")
     model.load_state_dict(state, strict=False)

@@ -160,7 +160,9 @@ def audit(model: OrcaModel, config: DictConfig) -> None:
         ValueError: the predictor, or an embedder with random weights, is frozen and no option says so on purpose.
     """
     if not any(p.requires_grad for p in model.predictor.parameters()) and not config.predictor.frozen_on_purpose:
-        raise ValueError("the freshly initialised predictor is frozen: train it, or set predictor.frozen_on_purpose=true")
+        raise ValueError(
+            "the freshly initialised predictor is frozen: train it, or set predictor.frozen_on_purpose=true"
+        )
     if config.embedder.init == "random" and not config.embedder.aligned and not config.embedder.train:
         raise ValueError(
             "the embedder has random weights and is frozen: set embedder.train=true, embedder.init=pretrained, or "

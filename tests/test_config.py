@@ -1,0 +1,116 @@
+"""Every option of every group composes and builds; every experiment runs one tiny step; typos are errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+
+from orca_rank.__main__ import CONF
+from orca_rank.build import build
+from orca_rank.stages import finetune
+
+OPTIONS = [
+    (folder.name, path.stem)
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name not in ("hydra", "experiment")
+    for path in sorted(folder.glob("*.yaml"))
+]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Where a group's option is found in the composed config, if not under the group's own name.
+PLACES = {"optimizer": "finetune.optimizer"}
+# What the align stage completes an objective with.
+SOURCE = {"source": torch.randn(12, 4), "label": torch.arange(12) % 3}
+# The smallest version of a run that still goes through everything the experiment chooses.
+SMALL_MODEL = (
+    "backbone=swin_demo",
+    "backbone.pretrained=false",
+    "backbone.options.embed_dim=8",
+    "backbone.options.depths=[1,1]",
+    "backbone.options.num_heads=[1,2]",
+    "backbone.options.img_size=16",
+    "embedder.aligned=false",
+    "finetune.epochs=1",
+    "trainer.enable_progress_bar=false",
+)
+
+
+def targets(node: object) -> list[DictConfig]:
+    """Every node below that names a _target_, outermost first."""
+    if not OmegaConf.is_dict(node):
+        return []
+    here = [node] if "_target_" in node else []
+    return here + [found for name in node for found in (targets(node[name]) if OmegaConf.is_dict(node[name]) else [])]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
+def test_every_option_composes_and_builds(
+    composed: Callable[..., DictConfig], tmp_path: Path, group: str, option: str
+) -> None:
+    place = PLACES.get(group, group)
+    override = f"{group}@{place}={option}" if group in PLACES else f"{group}={option}"
+    node = OmegaConf.select(composed(override), place)
+    if group == "adapter":
+        assert node.method in ("inject", "full", "probe", "norm")
+        assert (node.method == "inject") == ("module" in node)
+    if group == "backbone":
+        assert set(node) >= {"name", "pretrained", "options"}
+    extra = {"logger": {"save_dir": str(tmp_path)}, "align": SOURCE, "trainer": {"logger": False}}.get(group, {})
+    for target in targets(node):
+        assert build(target, **extra) is not None
+
+
+def test_there_are_options_to_test() -> None:
+    groups = {group for group, _ in OPTIONS}
+    assert groups >= {"stage", "data", "source", "backbone", "align", "gap", "rank", "adapter", "trainer", "logger"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_opens_with_its_command(experiment: str) -> None:
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    expected = "# python -m orca_rank" + (f" experiment={experiment}" if experiment != "demo" else "")
+    assert lines[1].startswith(expected), lines[1]
+
+
+def small_data(config: DictConfig, cache: Path) -> list[str]:
+    """Options that make the experiment's data small; CIFAR-100, which must be downloaded, becomes digits."""
+    if config.data._target_.endswith("Darcy"):
+        return ["data.grid=24", "data.stride=2", "data.train=8", "data.test=4", "data.batch_size=4", "data.workers=1"]
+    return ["data=digits", "data.train_limit=16", "data.batch_size=8"]
+
+
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("pretrain")])
+def test_every_experiment_runs_one_tiny_step(composed: Callable[..., DictConfig], tmp_path: Path, experiment: str) -> None:
+    options = [f"experiment={experiment}", *SMALL_MODEL]
+    options += small_data(composed(f"experiment={experiment}"), tmp_path)
+    if composed(*options).adapter.method == "inject":
+        options += ["rank=uniform", "rank.r=2"]
+    config = composed(*options)
+    finetune.run(config)
+    (path,) = (Path(config.paths.runs) / config.run / "finetune").glob("*/metrics.json")
+    metrics = json.loads(path.read_text())
+    name = f"test/{metrics['metric']}"
+    assert torch.isfinite(torch.tensor(metrics[name]))
+    assert (metrics["trainable_parameters"]["predictor"] == 0) == bool(config.predictor.frozen_on_purpose)
+
+
+def test_typos_are_errors(composed: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ConfigCompositionException, match=r"finetune\.epoch"):
+        composed("finetune.epoch=3")
+    with pytest.raises(MissingConfigException, match="swin_bas"):
+        composed("backbone=swin_bas")
+    with pytest.raises(ValueError, match="could not build"):
+        build(OmegaConf.create({"_target_": "orca_rank.ranks.no_such_rule"}))
+    with pytest.raises(ValueError, match="_target_"):
+        build(OmegaConf.create({}))
+
+
+def test_an_error_of_the_target_itself_comes_through_unwrapped() -> None:
+    with pytest.raises(ValueError, match="exactly one of mean_rank"):
+        build(OmegaConf.create({"_target_": "orca_rank.ranks.Budget"}))
