@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from orca_rank.data.augment import Augmentation, colour, draw_operations, mix, rectangle, soft_labels
+from orca_rank.data.image_folder import ImageFolder, read_image
 from orca_rank.stages.muon import MuonAdamW, orthogonalised, parameter_groups
 from orca_rank.stages.pretrain import on_source, pretrain, run, update_average
 from orca_rank.stages.pretrain_recipe import EpochOrder, Recipe, lr_factor
@@ -198,6 +200,51 @@ def test_every_parameter_is_in_one_group_and_norms_are_not_decayed():
     matrices = [p for g in groups if g.get("muon") for p in g["params"]]
     assert len(matrices) == 1 and matrices[0] is network[2].weight
     assert all(p.ndim > 1 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+# a source made of image files
+
+
+def photos(folder: Path, classes: list[str], count: int = 6) -> None:
+    for name in classes:
+        number = sorted(classes).index(name)
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (20, 12 + index), (40 * number + 10, index, 0)).save(folder / name / f"{index}.png")
+
+
+def test_an_image_folder_holds_its_classes_in_order_and_in_parts_that_share_nothing(tmp_path: Path):
+    photos(tmp_path / "mine", ["bee", "ant", "cat"])
+    parts = ImageFolder(root=tmp_path, train="mine", size=8, test_fraction=0.3, val_fraction=0.3).parts
+    assert parts.task.input_shape == (3, 8, 8) and parts.task.output_shape == (3,)
+    seen = []
+    for x, y in (parts.train, parts.val, parts.test):
+        assert x.dtype == torch.uint8 and torch.equal(x[:, 0, 4, 4].long(), 40 * y + 10)  # red is ant, bee, cat
+        seen += [(int(a), int(b)) for a, b in zip(y, x[:, 1, 4, 4], strict=True)]
+    assert len(seen) == len(set(seen)) == 18
+
+
+def test_an_image_is_resized_and_its_middle_cut_out(tmp_path: Path):
+    pixels = np.zeros((8, 16, 3), np.uint8)
+    pixels[:, 4:12] = 200
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert np.array_equal(read_image(tmp_path / "x.png", 8), pixels[:, 4:12])
+    assert read_image(tmp_path / "x.png", 5).shape == (5, 5, 3)
+
+
+def test_bad_image_folders_are_errors(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="one folder per class"):
+        ImageFolder(root=tmp_path, train="none").setup()
+    photos(tmp_path / "one", ["ant"])
+    with pytest.raises(ValueError, match="at least two"):
+        ImageFolder(root=tmp_path, train="one").setup()
+    photos(tmp_path / "two", ["ant", "bee"])
+    photos(tmp_path / "other", ["ant", "cow"])
+    with pytest.raises(ValueError, match="other classes"):
+        ImageFolder(root=tmp_path, train="two", test="other").setup()
+    (tmp_path / "two" / "bee" / "9.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot read the image"):
+        ImageFolder(root=tmp_path, train="two").setup()
 
 
 # the whole
