@@ -1,6 +1,7 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
 from orca_rank.ranks.plan import Budget, Layer, RankPlan
+from orca_rank.ranks.posterior import posterior
 from orca_rank.ranks.prior_rules import beta_bernoulli, ibp_count, ibp_stick
 from orca_rank.ranks.rules import (
     fisher,
@@ -12,20 +13,27 @@ from orca_rank.ranks.rules import (
     stable_rank,
     uniform,
 )
+from orca_rank.ranks.spectral import activation, gradient, ot_map
+from orca_rank.ranks.theory import theory
 
 __all__ = [
     "Budget",
     "Layer",
     "RankPlan",
+    "activation",
     "beta_bernoulli",
     "fisher",
     "from_file",
     "gelora",
+    "gradient",
     "ibp_count",
     "ibp_stick",
     "importance",
+    "ot_map",
+    "posterior",
     "proportional",
     "shuffled",
     "stable_rank",
+    "theory",
     "uniform",
 ]

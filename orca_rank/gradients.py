@@ -1,0 +1,140 @@
+"""One pass of per-image weight gradients over a frozen body: what the labels say about every layer at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from orca_rank.spectra import Spectrum, upper_bound
+
+ELEMENTS = 2**26  # of per-image gradients held at once, 256 MiB in float32
+
+
+class Gradients:
+    """Running sums over images m of the gradient P_m (d_out, d_in) of one weight.
+
+    mean: G = (1/n) Σ P_m. signed: Σ ε_m P_m for several draws of signs ε_m = ±1, one sign an image.
+    """
+
+    def __init__(self, shape: tuple[int, int], draws: int, device: torch.device) -> None:
+        self.count = 0
+        self.total = torch.zeros(shape, device=device)
+        self.signed = torch.zeros(draws, *shape, device=device)
+        self.sign_sums = torch.zeros(draws, device=device)
+        self.squares = torch.zeros(shape[0], dtype=torch.float64, device=device)
+
+    def add(self, x: Float[Tensor, "b n d_in"], g: Float[Tensor, "b n d_out"], signs: Float[Tensor, "draws b"]) -> None:
+        """Take in a batch: inputs and gradients at the outputs, P_m = Σ_j g_j x_jᵀ over the tokens j of image m."""
+        step = max(1, ELEMENTS // self.total.numel())
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            each = g[rows].mT @ x[rows]  # (b, d_out, d_in)
+            self.total += each.sum(0)
+            self.squares += each.square().sum((0, 2)).double()
+            self.signed += torch.tensordot(signs[:, rows], each, 1)
+        self.sign_sums += signs.sum(1)
+        self.count += len(x)
+
+    def mean(self, rows: slice = slice(None)) -> Float[Tensor, "d_out d_in"]:
+        return self.total[rows] / self.count
+
+    def spectrum(self, rows: slice = slice(None), keep: int = 32) -> Spectrum:
+        """Singular values of G, and as null the upper bound of the first of (1/n) Σ ε_m (P_m − G).
+
+        Random signs keep how the tokens of an image hang together and destroy what the images share. G is taken away
+        first, so that a strong signal does not raise its own null.
+
+        Args:
+            rows: outputs of the layer, a part of them for q, k or v of a fused matrix.
+        """
+        gradient = self.mean(rows).double()
+        noise = (self.signed[:, rows] - self.sign_sums[:, None, None] * self.mean(rows)).double() / self.count
+        null = upper_bound(torch.linalg.matrix_norm(noise, ord=2).cpu().numpy())
+        u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+        k = min(keep, len(s))
+        root = s[:k].sqrt()
+        b, a = -(u[:, :k] * root).cpu(), (root[:, None] * vh[:k]).cpu()  # a step against the gradient
+        return Spectrum(s[:k].cpu(), null, float(s.square().sum()), a, b)
+
+    def importance(self, weight: Float[Tensor, "d_out d_in"], rows: slice = slice(None)) -> float:
+        """mean |W ⊙ G| (GoRA, arXiv 2502.12171)."""
+        return float((weight[rows].to(self.total) * self.mean(rows)).abs().mean())
+
+    def fisher(self, rows: slice = slice(None)) -> float:
+        """Mean diagonal of the empirical Fisher information, E_m P_m², over the weight's entries."""
+        squares = self.squares[rows]
+        return float(squares.sum() / (self.count * len(squares) * self.total.shape[1]))
+
+
+def collect_gradients(
+    embed: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    modules: dict[str, nn.Module],
+    batches: Iterable[Sequence[Tensor]],
+    samples: int,
+    *,
+    draws: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], None] = lambda images: None,
+) -> dict[str, Gradients]:
+    """Pass up to `samples` labelled images forward and backward; every weight may be frozen.
+
+    Args:
+        embed: images -> tokens. head: tokens -> predictions, through the modules. loss: (prediction, y) -> the batch's
+            mean loss. modules: the Linears to watch. draws: sign draws of the null; memory is `draws` + 1 copies of the
+            watched weights.
+
+    Raises:
+        ValueError: if there are no images, or a gradient is not finite.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    sums = {name: Gradients(tuple(module.weight.shape), draws, device) for name, module in modules.items()}
+    count = 0
+
+    def keep(name: str, x: Tensor, g: Tensor) -> None:  # windows of an image follow each other: (b nW, ...) -> (b, ...)
+        sums[name].add(x.reshape(images, -1, x.shape[-1]).float(), g.reshape(images, -1, g.shape[-1]).float(), signs)
+
+    with watch_gradients(modules, keep), torch.enable_grad():
+        for x, y, *_ in batches:
+            images = min(len(x), samples - count)
+            signs = (torch.randint(0, 2, (draws, images), generator=generator) * 2.0 - 1).to(device)
+            tokens = embed(x[:images].to(device)).detach().requires_grad_()
+            total = loss(head(tokens), y[:images].to(device)) * images
+            torch.autograd.backward(total, inputs=[tokens])
+            count += images
+            advance(images)
+            if count >= samples:
+                break
+    if not count:
+        raise ValueError("there are no images to measure: the data loader is empty")
+    for name, found in sums.items():
+        if not torch.isfinite(found.total).all():
+            raise ValueError(f"the gradient of {name} is not finite: check the labels and the predictor")
+    return sums
+
+
+@contextmanager
+def watch_gradients(modules: dict[str, nn.Module], keep: Callable[[str, Tensor, Tensor], None]) -> Any:
+    """Call keep(name, input, gradient at the output) whenever a gradient reaches one of the modules."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            output.register_hook(lambda gradient: keep(name, x, gradient))
+
+        return forward
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
