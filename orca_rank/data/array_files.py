@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -54,16 +54,23 @@ def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
             with h5py.File(path, "r") as file:
                 arrays = {name: np.asarray(file[name][()]) for name in _present(path, list(file.keys()), names)}
         elif path.suffix in (".pt", ".pth"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _load_tensors(path)
             if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
                 raise ValueError("it does not hold a dictionary of tensors")
             found = {str(key): value for key, value in content.items()}
             arrays = {name: _as_numpy(found[name]) for name in _present(path, list(found), names)}
         else:
             raise ValueError(f"unknown format {path.suffix!r}; expected {FORMATS}")
-    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     return arrays
+
+
+def _load_tensors(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        raise ValueError(f"it is damaged, or holds more than tensors ({type(error).__name__})") from error
 
 
 def _present(path: Path, found: list[str], wanted: list[str]) -> list[str]:
