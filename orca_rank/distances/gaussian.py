@@ -22,42 +22,37 @@ def factor(x: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
 
 
 class _NuclearNorms(torch.autograd.Function):
-    """‖A_i B_jᵀ‖_* for the listed pairs (i, j) of stacked factors A (K, r, d) and B (L, s, d)."""
+    """‖A_i B_jᵀ‖_* of stacked factors A (K, r, d) and B (L, s, d), (K, L); only j > i where `own`."""
 
     @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        grad_a = torch.zeros_like(a) if ctx.needs_input_grad[0] else None
-        grad_b = torch.zeros_like(b) if ctx.needs_input_grad[1] else None
-        norms = a.new_zeros(len(left))
-        per_chunk = max(1, 2**24 // (a.shape[1] * b.shape[1]))
-        keep: list[tuple[Tensor, Tensor, Tensor]] = []
-        for i, j in zip(left.split(per_chunk), right.split(per_chunk), strict=True):
-            product = a[i] @ b[j].mT  # (p, r, s)
-            if grad_a is None and grad_b is None:
-                norms[len(keep) * per_chunk :][: len(i)] = torch.linalg.svdvals(product).sum(1)
-                keep.append((i, j, product[:0]))
+    def forward(ctx, a: Tensor, b: Tensor, own: bool) -> Tensor:
+        norms = a.new_zeros(len(a), len(b))
+        polars: list[Tensor] = []
+        for i, left in enumerate(a):
+            right = b[i + 1 :] if own else b
+            product = (left @ right.flatten(0, 1).T).view(len(left), *right.shape[:2]).permute(1, 0, 2)  # (p, r, s)
+            if not any(ctx.needs_input_grad):
+                norms[i, len(b) - len(right) :] = torch.linalg.svdvals(product).sum(1)
                 continue
             u, sigma, vh = torch.linalg.svd(product, full_matrices=False)
-            norms[len(keep) * per_chunk :][: len(i)] = sigma.sum(1)
+            norms[i, len(b) - len(right) :] = sigma.sum(1)
             # Directions without mass get the zero subgradient.
             cut = sigma[:, :1] * max(product.shape[1:]) * torch.finfo(sigma.dtype).eps
-            keep.append((i, j, (u * (sigma > cut)[:, None, :]) @ vh))  # U Vᵀ (p, r, s)
-        ctx.save_for_backward(a, b, *(polar for _, _, polar in keep))
-        ctx.pairs = [(i, j) for i, j, _ in keep]
+            polars.append((u * (sigma > cut)[:, None, :]) @ vh)  # U Vᵀ (p, r, s)
+        ctx.save_for_backward(a, b, *polars)
         return norms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b, *polars = ctx.saved_tensors
         grad_a, grad_b = torch.zeros_like(a), torch.zeros_like(b)
-        start = 0
-        for (i, j), polar in zip(ctx.pairs, polars, strict=True):
-            weighted = grad[start : start + len(i), None, None] * polar
-            grad_a.index_add_(0, i, weighted @ b[j])
-            grad_b.index_add_(0, j, weighted.mT @ a[i])
-            start += len(i)
-        return grad_a, grad_b, None, None
+        for i, polar in enumerate(polars):
+            first = len(b) - len(polar)
+            weighted = grad[i, first:, None, None] * polar
+            grad_a[i] += (weighted @ b[first:]).sum(0)
+            grad_b[first:] += weighted.mT @ a[i]
+        return grad_a, grad_b, None
 
 
 class _Compress(torch.autograd.Function):
@@ -108,24 +103,16 @@ class GaussianClasses:
 
     def distances(self, other: GaussianClasses) -> Tensor:
         """Squared Bures-Wasserstein distances, (K, L)."""
-        left = torch.arange(len(self.means), device=self.means.device).repeat_interleave(len(other.means))
-        right = torch.arange(len(other.means), device=self.means.device).repeat(len(self.means))
-        return _assemble(self, other, left, right).view(len(self.means), len(other.means))
+        norms = _NuclearNorms.apply(self.stack, other.stack, False)
+        spread = (self.traces[:, None] + other.traces - 2 * norms).clamp_min(0)
+        return (self.means[:, None] - other.means).square().sum(2) + spread
 
     def own_distances(self) -> Tensor:
         """The same between the classes of one sample, (K, K), symmetric with zero diagonal."""
-        size = len(self.means)
-        left, right = torch.triu_indices(size, size, 1, device=self.means.device)
-        if not len(left):
-            return self.means.new_zeros(size, size)
-        upper = self.means.new_zeros(size, size).index_put((left, right), _assemble(self, self, left, right))
+        norms = _NuclearNorms.apply(self.stack, self.stack, True)
+        spread = (self.traces[:, None] + self.traces - 2 * norms).clamp_min(0)
+        upper = ((self.means[:, None] - self.means).square().sum(2) + spread).triu(1)
         return upper + upper.T
-
-
-def _assemble(a: GaussianClasses, b: GaussianClasses, left: Tensor, right: Tensor) -> Tensor:
-    norms = _NuclearNorms.apply(a.stack, b.stack, left, right)
-    means = (a.means[left] - b.means[right]).square().sum(1)
-    return means + (a.traces[left] + b.traces[right] - 2 * norms).clamp_min(0)
 
 
 @full_precision

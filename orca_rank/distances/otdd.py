@@ -167,7 +167,7 @@ class OTDDSource:
         inner: str = "gaussian",
         epsilon: float | None = None,
         epsilon_units: str = "relative",
-        tolerance: float = 1e-4,
+        tolerance: float = 5e-4,
         max_iterations: int = 400,
         ddof: int = 1,
     ) -> None:
@@ -277,7 +277,7 @@ def otdd(
     epsilon_units: str = "relative",
     schedule: str = "converged",
     detach_labels: bool = False,
-    tolerance: float = 1e-4,
+    tolerance: float = 5e-4,
     max_iterations: int = 400,
     ddof: int = 1,
     projections: int = 64,

@@ -57,7 +57,7 @@ def working_dtype(n: int, m: int, dtype: torch.dtype) -> torch.dtype:
 
 def anneal(spread: float, epsilon: float, factor: float = 8.0) -> list[float]:
     """Decreasing temperatures that end at ε."""
-    levels = max(0, math.ceil(math.log(max(spread / 4, epsilon) / epsilon) / math.log(factor)))
+    levels = max(0, math.ceil(math.log(max(spread / 32, epsilon) / epsilon) / math.log(factor)))
     return [epsilon * factor**level for level in range(levels, -1, -1)]
 
 
@@ -80,7 +80,7 @@ class _Problem:
         self.columns = self.kernel.T @ self.rows
         self.residual = 1 / self.m - self.columns
         self.error = float(self.residual.abs().sum())
-        self.dual = float(self.f.mean() + self.g.mean())
+        self.dual = float(self.f.mean(dtype=torch.float64) + self.g.mean(dtype=torch.float64))
         self.evaluations += 1
 
     def scalings(self, count: int) -> Tensor:
@@ -119,16 +119,16 @@ class _Problem:
         return solution - solution.mean()
 
 
-def solve(cost: Tensor, epsilon: float, tolerance: float, max_iterations: int, start: Tensor | None = None) -> Plan:
+def solve(cost: Tensor, epsilon: float, tolerance: float, max_iterations: int) -> Plan:
     """The entropic plan of a cost matrix.
 
     Args:
         cost: (n, m). epsilon: temperature, in the units of the cost. tolerance: largest marginal error.
-        max_iterations: most evaluations of the kernel at the last temperature. start: a first g (m,).
+        max_iterations: most evaluations of the kernel at the last temperature.
     """
     problem = _Problem(cost)
-    g = cost.new_zeros(cost.shape[1]) if start is None else start
-    levels = [epsilon] if start is not None else anneal(float(cost.max() - cost.min()), epsilon)
+    g = cost.new_zeros(cost.shape[1])
+    levels = anneal(float(cost.max() - cost.min()), epsilon)
     for level, temperature in enumerate(levels):
         last = level == len(levels) - 1
         g = _descend(problem, g, temperature, tolerance if last else 5e-2, max_iterations if last else 14)
@@ -139,18 +139,24 @@ def _descend(problem: _Problem, g: Tensor, epsilon: float, tolerance: float, lim
     """Sinkhorn scalings, then Newton steps within a trust region of 4 ε; scalings again where a step fails."""
     problem.set(g, epsilon)
     end = problem.evaluations + limit
-    scale, failures = True, 0
-    while problem.evaluations < end and failures < 3:
+    scale, failures, stalled, best = True, 0, 0, math.inf
+    while problem.evaluations < end and failures < 3 and stalled < 8:
         # Potentials of limited precision cannot do better than this.
         floor = 0.25 * torch.finfo(g.dtype).eps * float(problem.g.abs().max()) / epsilon
         if problem.error <= max(tolerance, floor):
             break
+        stalled = 0 if problem.error < 0.9 * best or problem.error > 1e-2 else stalled + 1
+        best = min(best, problem.error)
         if scale:
             problem.set(problem.g + epsilon * problem.scalings(10), epsilon)
             scale = False
             continue
         step = problem.newton_direction(limit=100, bound=40.0)
-        size = min(1.0, 4.0 / max(float(step.abs().max()), 1e-30))
+        # Far from the solution a few columns ask for huge steps: clip them. Near it, keep the direction.
+        if problem.error > 1e-2:
+            step, size = step.clamp(-4.0, 4.0), 1.0
+        else:
+            size = min(1.0, 4.0 / max(float(step.abs().max()), 1e-30))
         base, dual, slope = problem.g, problem.dual, epsilon * float(problem.residual @ step)
         scale = True
         for _ in range(3):
