@@ -7,12 +7,13 @@ here, and the error names the command that mends it.
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
             f"{path} has schema {found}, this version reads {SCHEMA}: run `python -m orca_rank {made_by} force=true`"
         )
     return payload
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, atomically; the columns are the names in the order in which the rows first use them."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import time
@@ -17,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from orca_rank import adapters
-from orca_rank.artifacts import atomic, finished, key, plain, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import atomic, finished, key, plain, stage_folder, write_csv, write_json, write_tensors
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.ranks import RankPlan
@@ -148,11 +147,7 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.rows and "train/loss" in trainer.callback_metrics:
             self.rows[-1]["train/loss"] = float(trainer.callback_metrics["train/loss"])
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with atomic(self.path) as temporary, open(temporary, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
