@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from orca_rank.distances.null import Gap, calibrate, family_p, standardise, whiten
@@ -22,6 +23,7 @@ VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndar
     "whitened": whiten,
 }
 KEPT = 32  # singular values of a layer in layers.json
+NEGLIGIBLE = 1e-6  # of the largest
 Record = dict[str, Any]
 
 
@@ -135,6 +137,26 @@ def measurements(
     return records, directions
 
 
+def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
+    """Spearman's rank correlation over layers between depth and everything that gives one number a layer."""
+    columns: dict[str, list[float]] = {"depth": [float(place) for place in range(len(layers))]}
+    for layer in layers:
+        for metric, gap in layer.gap.items():
+            columns.setdefault(f"{metric} gap", []).append(gap["value"])
+        for kind, value in layer.measured.items():
+            if isinstance(value, float):
+                columns.setdefault(kind, []).append(value)
+            elif kind in ("ot_map", "gradient"):
+                columns.setdefault(f"{kind} rank", []).append(float(value["rank"]))
+            elif kind == "weight":
+                columns.setdefault("stable rank", []).append(value["stable_rank"])
+    varying = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    return {
+        name: {other: round(float(spearmanr(values, others).statistic), 3) for other, others in varying.items()}
+        for name, values in varying.items()
+    }
+
+
 def placeholder(gap: DictConfig, layer: Layer) -> Layer:
     """A layer with a stand-in for everything that will be measured, to try a rank rule before the work is done."""
     spectrum = {"singular_values": [1.0], "null": 0.5, "energy": 1.0, "rank": 1}
@@ -173,8 +195,9 @@ def _dimensions(names: Sequence[str], body: nn.Module, target: Side) -> dict[str
 
 
 def _spectrum(spectrum: Spectrum) -> Record:
+    values = spectrum.values.tolist()
     return {
-        "singular_values": [_short(value) for value in spectrum.values.tolist()],
+        "singular_values": [_short(value) for value in values if value > NEGLIGIBLE * values[0]],
         "null": None if spectrum.null is None else _short(spectrum.null),
         "energy": _short(spectrum.energy),
         "rank": spectrum.rank,

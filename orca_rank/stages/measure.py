@@ -20,7 +20,7 @@ from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, source
 from orca_rank.build import build
 from orca_rank.gradients import Gradients, collect_gradients
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.layer_records import VARIANTS, Side, classes, gap_records, measurements, placeholder
+from orca_rank.stages.layer_records import VARIANTS, Side, agreement, classes, gap_records, measurements, placeholder
 from orca_rank.stages.parts import aligned_embedder, bare_model, build_model, make_plan, outline, resolve_backbone
 from orca_rank.statistics import collect, module_of
 
@@ -92,6 +92,7 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
         write_tensors(folder / "directions.safetensors", directions)
     payload = {
         "images": {"source": len(source.labels), "target": len(target.labels)},
+        "agreement": agreement(measured),
         "layers": [layer.to_dict() for layer in measured],
     }
     used = [aligned_embedder(config)] if config.embedder.aligned else []
@@ -201,14 +202,12 @@ def _bar(progress: Progress, name: str, total: int) -> Callable[..., None]:
 def _print(layers: Sequence[Layer], plan: RankPlan) -> None:
     """One row a layer; q, k and v of one matrix share a row because they share their input."""
     metrics = list(dict.fromkeys(metric for layer in layers for metric in layer.gap))
-    shown = [metric for metric in metrics if not metric.endswith(tuple(VARIANTS))][: max(1, console.width // 40)]
     nulls = [kind for kind in ("ot_map", "gradient") if kind in layers[0].measured]
+    wide = console.width >= 110
+    shown = [metric for metric in metrics if not metric.endswith(tuple(VARIANTS))] if wide else metrics[:1]
     table = Table()
-    table.add_column("layer", no_wrap=True)
-    for title in ("d_in × d_out", *shown, *(f"{kind} rank" for kind in nulls)):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"{shown[0]} gap", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
+    for title in ("layer", *(["d_in × d_out"] if wide or not nulls else []), *shown, *nulls, "gap", "rank"):
+        table.add_column(title, justify="left" if title in ("layer", "gap") else "right", no_wrap=True)
     largest = max(layer.gap[shown[0]]["value"] for layer in layers)
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -221,9 +220,20 @@ def _print(layers: Sequence[Layer], plan: RankPlan) -> None:
         counts = [" ".join(str(member.measured[kind]["rank"]) for member in members) for kind in nulls]
         ranks = " ".join(str(plan[member.name]) for member in members)
         values = [_starred(first.gap[metric]) for metric in shown]
-        table.add_row(name, f"{first.d_in} × {first.d_out}", *values, *counts, "█" * round(12 * max(share, 0)), ranks)
+        shape = [f"{first.d_in} × {first.d_out}"] if wide or not nulls else []
+        table.add_row(name, *shape, *values, *counts, "█" * round(10 * max(share, 0)), ranks)
     console.print(table)
     console.print("* p < 0.05 for all layers together; intervals and p-values are in layers.json")
+    if nulls:
+        console.print(f"{' and '.join(nulls)}: singular values above their noise floor")
+    found = agreement(layers)
+    if "depth" in found:
+        pairs = [f"{name} {rho:+.2f}" for name, rho in found["depth"].items() if name != "depth"]
+        console.print(f"rank correlation with depth: {', '.join(pairs)}")
+    first_gap = f"{metrics[0]} gap"
+    if len(found.get(first_gap, {})) > 2:
+        pairs = [f"{name} {rho:+.2f}" for name, rho in found[first_gap].items() if name not in ("depth", first_gap)]
+        console.print(f"rank correlation with the {first_gap}: {', '.join(pairs)}")
     console.print(
         f"rule {plan.rule}: mean rank {plan.total_rank / len(layers):.2f}, "
         f"{plan.parameters(layers):,} adapter parameters"
