@@ -122,6 +122,7 @@ def test_an_indefinite_matrix_takes_the_direct_solver():
     expected = make_interp_spline(nodes, once, k=3, axis=1)(centres)
     np.testing.assert_allclose(solution.u[1], expected, rtol=0, atol=1e-10 * abs(expected).max())
     np.testing.assert_array_equal(solution.u[0], solution.u[2])
+    assert distance(solve(a.astype(np.float32), "fno"), solve(a.astype(np.float32), "fno", dtype=np.float64)) < 1e-6
 
 
 def test_running_out_of_iterations_takes_the_direct_solver():

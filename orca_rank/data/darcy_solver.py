@@ -94,7 +94,6 @@ def solve_all(
         dtype = np.float64 if a.dtype == np.float64 else np.float32
     dtype = np.dtype(dtype)
     _check(a, mode, dtype)
-    a = a.astype(dtype, copy=False)
     n, K, _ = a.shape
     right = _right_hand_side(f, K, mode)
     method = _ConjugateGradients(K, dtype, tolerance or _TOLERANCE[dtype.name], max_iterations)
@@ -102,8 +101,9 @@ def solve_all(
     iterations = np.zeros(n, np.int64)
     fallback = np.zeros(n, np.bool_)
     for i in range(n):
-        faces = face_coefficients(a[i], mode)
-        inner, iterations[i] = method(*faces, right.astype(dtype))
+        # Faces in float64: near an indefinite matrix the answer magnifies every rounding of them.
+        faces = face_coefficients(a[i].astype(np.float64), mode)
+        inner, iterations[i] = method(*(face.astype(dtype) for face in faces), right.astype(dtype))
         if inner is None:
             fallback[i] = True
             inner = solve_direct(*faces, right)
