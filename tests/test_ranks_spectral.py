@@ -1,0 +1,162 @@
+"""Rules that read spectra, posteriors and given updates."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from orca_rank import ranks
+from orca_rank.ranks import Budget, Layer
+from orca_rank.ranks.posterior import choose_tempering, credible_set, rank_posterior, rank_prior
+from orca_rank.ranks.theory import chain_error, chain_rank, fit_chain, numerical_rank
+
+
+def layer(name, kind, values, null=1.0, energy=None, d_in=32, d_out=32):
+    energy = float(np.square(values).sum()) if energy is None else energy
+    return Layer(name, d_in, d_out, measured={kind: {"singular_values": values, "null": null, "energy": energy}})
+
+
+@pytest.mark.parametrize("rule", [ranks.ot_map, ranks.gradient])
+def test_without_a_budget_the_rank_is_what_stands_above_the_null(rule):
+    kind = rule.__name__
+    layers = [
+        layer("a", kind, [5.0, 2.0, 0.5]),
+        layer("b", kind, [0.9, 0.1]),
+        layer("c", kind, [9.0, 8.0, 7.0], d_in=2),
+    ]
+    assert list(rule(layers).ranks.values()) == [2, 0, 2]  # c is capped at its full rank
+
+
+def test_with_a_budget_units_go_by_value_and_the_null_comes_last():
+    layers = [layer("a", "gradient", [5.0, 4.0, 0.9]), layer("b", "gradient", [3.0, 1.5, 0.99])]
+    by_total = [list(ranks.gradient(layers, Budget(total_rank=n)).ranks.values()) for n in range(1, 7)]
+    assert by_total == [[1, 0], [2, 0], [2, 1], [2, 2], [2, 3], [3, 3]]
+    # ot_map counts shares of the layer's own output energy.
+    layers = [layer("a", "ot_map", [5.0, 4.0], energy=1000.0), layer("b", "ot_map", [3.0, 2.0], energy=10.0)]
+    assert ranks.ot_map(layers, Budget(total_rank=2)).ranks == {"a": 0, "b": 2}
+    # Per parameter: the same spectrum in a layer of half the width is worth twice as much.
+    layers = [layer("a", "gradient", [5.0, 4.0]), layer("b", "gradient", [5.0, 4.0], d_in=16, d_out=16)]
+    assert ranks.gradient(layers, Budget(parameters=64)).ranks == {"a": 0, "b": 2}
+
+
+def test_activation_is_eva():
+    layers = [layer("a", "activation", [3.0, 0.1], None), layer("b", "activation", [2.0, 2.0, 1.9, 1.8], None)]
+    # ratios: a .999, .001; b .27 .27 .24 .22
+    assert ranks.activation(layers, Budget(total_rank=4), rho=2).ranks == {"a": 1, "b": 3}
+    assert ranks.activation(layers, Budget(total_rank=4), rho=1).ranks == {"a": 2, "b": 2}
+    assert ranks.activation(layers, Budget(parameters=4 * 64)).ranks == {"a": 1, "b": 3}
+    with pytest.raises(ValueError, match="rho"):
+        ranks.activation(layers, Budget(total_rank=4), rho=0.5)
+
+
+def test_missing_spectra_name_the_option():
+    for rule, option in ((ranks.ot_map, "ot_map"), (ranks.gradient, "gradient"), (ranks.activation, "activation")):
+        with pytest.raises(ValueError, match=rf"stage=measure.*gap\.measurements\.{option}=true"):
+            rule([Layer("a", 4, 4)], Budget(total_rank=1))
+
+
+def test_theory_bound_is_reached_by_the_construction_and_not_beaten():
+    generator = np.random.default_rng(0)
+    weights = [np.eye(12) + 0.3 * generator.standard_normal((12, 12)) for _ in range(2)]
+    error = generator.standard_normal((12, 8)) @ generator.standard_normal((8, 12))
+    target = weights[1] @ weights[0] + error
+    values = np.linalg.svd(error, compute_uv=False)
+    for rank in range(1, 5):
+        updates = fit_chain(weights, error, rank)
+        assert all(np.linalg.matrix_rank(update, tol=1e-8) <= rank for update in updates)
+        product = (weights[1] + updates[1]) @ (weights[0] + updates[0])
+        reached = np.linalg.norm(product - target, 2)
+        assert reached == pytest.approx(chain_error(error, rank, 2), abs=1e-8)
+        assert chain_error(error, rank, 2) == pytest.approx(values[2 * rank], abs=1e-9)
+    assert chain_rank(numerical_rank(error), 2) == 4
+    assert chain_error(error, 6, 2) == 0
+
+
+def test_theory_rule(tmp_path):
+    generator = np.random.default_rng(0)
+    layers = [Layer("a", 10, 10), Layer("b", 10, 10), Layer("c", 10, 10)]
+    update = generator.standard_normal((10, 7)) @ generator.standard_normal((7, 10))
+    assert list(ranks.theory(layers, update=update).ranks.values()) == [3, 3, 3]  # ⌈7 / 3⌉
+    assert list(ranks.theory(layers, Budget(mean_rank=2), update=update).ranks.values()) == [2, 2, 2]
+    own = {"a": np.zeros((10, 10)), "b": np.outer(np.ones(10), np.arange(10.0)), "c": update}
+    save_file(own, tmp_path / "updates.safetensors")
+    assert list(ranks.theory(layers, update=tmp_path / "updates.safetensors").ranks.values()) == [0, 1, 7]
+    with pytest.raises(ValueError, match="nothing for c"):
+        ranks.theory(layers, update={"a": own["a"], "b": own["b"]})
+    with pytest.raises(ValueError, match=r"rank\.update"):
+        ranks.theory(layers)
+    with pytest.raises(FileNotFoundError):
+        ranks.theory(layers, update=tmp_path / "none")
+
+
+def simulate(seed, images, true_rank=None, ranks_max=12):
+    """Nested linear models with noisy coefficients: held-out losses of every rank, and their exact risks."""
+    generator = np.random.default_rng(seed)
+    k = generator.integers(1, ranks_max) if true_rank is None else true_rank
+    coefficients = np.where(np.arange(ranks_max) < k, generator.standard_normal(ranks_max) * 0.3, 0.0)
+    fitted = coefficients + 0.15 * generator.standard_normal(ranks_max)
+    x = generator.standard_normal((images, ranks_max))
+    y = x @ coefficients + generator.standard_normal(images)
+    predictions = np.concatenate([np.zeros((images, 1)), np.cumsum(x * fitted, axis=1)], axis=1)
+    risk = [((np.where(np.arange(ranks_max) < r, fitted, 0) - coefficients) ** 2).sum() for r in range(ranks_max + 1)]
+    return (predictions - y[:, None]).T ** 2 / 2, int(np.argmin(risk))
+
+
+def test_posterior_follows_bayes():
+    prior = np.array([0.5, 0.3, 0.2])
+    losses = np.array([[1.0, 2.0], [0.5, 1.0], [0.4, 1.2]])
+    weight = prior * np.exp(-0.7 * np.array([3.0, 1.5, 1.6]))
+    assert rank_posterior(losses, prior, 0.7) == pytest.approx(weight / weight.sum())
+    assert rank_posterior(losses, prior, 0.0) == pytest.approx(prior)
+    assert rank_posterior(losses, prior, 1e6).argmax() == 1
+    with pytest.raises(ValueError, match="finite"):
+        rank_posterior(losses * np.nan, prior, 1.0)
+
+
+def test_prior_of_skipped_ranks_goes_to_the_next_measured():
+    full = rank_prior(3.0, np.arange(9))
+    some = rank_prior(3.0, np.array([0, 2, 8]))
+    assert some == pytest.approx([full[0], full[1] + full[2], full[3:].sum()])
+
+
+def test_credible_set_is_the_smallest():
+    assert credible_set(np.array([0.05, 0.6, 0.31, 0.04])).tolist() == [False, True, True, False]
+    assert credible_set(np.array([0.3, 0.3, 0.4]), 0.95).all()
+
+
+def test_sets_hold_the_rank_of_least_risk():
+    held, sizes = [], []
+    for seed in range(120):
+        losses, best = simulate(seed, 400)
+        probability = rank_posterior(losses, rank_prior(6.0, np.arange(13)), choose_tempering(losses))
+        inside = credible_set(probability, 0.9)
+        held.append(inside[best])
+        sizes.append(inside.sum())
+    assert np.mean(held) >= 0.87  # 90 % less what 120 draws may miss
+    assert np.mean(sizes) < 8
+
+
+def test_tempering_needs_images_and_survives_ties():
+    with pytest.raises(ValueError, match="at least 10"):
+        choose_tempering(np.zeros((3, 4)))
+    assert choose_tempering(np.ones((3, 20))) == 0
+
+
+def test_posterior_rule(tmp_path):
+    layers = [Layer("a", 32, 32), Layer("b", 32, 32)]
+    flat, steep = np.ones((4, 40)), np.ones((4, 40))
+    generator = np.random.default_rng(0)
+    steep[:3] += np.array([[3.0], [2.0], [1.0]]) + 0.1 * generator.standard_normal((3, 40))
+    losses = {"a": flat, "b": steep, "ranks": np.array([1, 2, 4, 8])}
+    save_file(losses, tmp_path / "losses.safetensors")
+    plan = ranks.posterior(layers, losses=tmp_path / "losses.safetensors", a=1.0)
+    assert plan.ranks == {"a": 1, "b": 8}
+    assert plan.ranks == ranks.posterior(layers, losses=losses, a=1.0).ranks
+    spent = ranks.posterior(layers, Budget(total_rank=9), losses=losses, a=1.0)
+    assert spent["b"] == 8
+    assert spent.total_rank == 9
+    with pytest.raises(ValueError, match="ascending"):
+        ranks.posterior(layers, losses=losses, ranks=[1, 2])
+    with pytest.raises(ValueError, match="lack b"):
+        ranks.posterior(layers, losses={"a": flat})
+    with pytest.raises(ValueError, match=r"rank\.losses"):
+        ranks.posterior(layers)

@@ -1,0 +1,220 @@
+"""What hooks collect from a body, and spectra against planted ranks and their nulls."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from orca_rank.gradients import collect_gradients
+from orca_rank.spectra import activation, intrinsic_dimension, ot_map, transport, upper_bound, weight_ranks
+from orca_rank.statistics import collect, module_of
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def orthonormal(d, k, seed):
+    return torch.linalg.qr(torch.randn(d, k, generator=generator(seed), dtype=torch.float64))[0]
+
+
+class Windows(nn.Module):
+    """Tokens (B, N, d) -> windows (B nW, w, d) -> Linear -> back, as Swin does it, and a fused qkv beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(3, 5)
+        self.qkv = nn.Linear(3, 6)
+
+    def forward(self, x):
+        windows = x.reshape(len(x) * 2, -1, 3)
+        return self.inner(windows).reshape(len(x), -1, 5).mean(1) + self.qkv(x).mean((1, 2))[:, None]
+
+
+def test_collect_keeps_images_apart_and_stops_at_the_limit():
+    body = Windows()
+    x = torch.randn(10, 8, 3, generator=generator(0))
+    y = torch.arange(10)
+    modules = {"inner": body.inner, "qkv": body.qkv}
+    seen = []
+    batches = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
+    found, labels = collect(body, modules, batches, 7, tokens=3, advance=seen.append)
+    assert labels.tolist() == list(range(7))
+    assert seen == [4, 3]
+    for name in modules:
+        assert torch.allclose(found[name].pooled, x[:7].mean(1), atol=1e-6)
+        assert found[name].tokens.shape == (7, 3, 3)
+        for image in range(7):  # every kept token is one of the image's own
+            own = (found[name].tokens[image, :, None] == x[image, None]).all(-1).any(1)
+            assert own.all()
+    assert not body.inner._forward_pre_hooks
+    few, _ = collect(body, modules, batches, 99, tokens=50)
+    assert few["inner"].tokens.shape == (10, 8, 3)
+
+
+def test_collect_refuses_bad_input():
+    body = Windows()
+    with pytest.raises(ValueError, match="no images"):
+        collect(body, {"inner": body.inner}, [], 4)
+    with pytest.raises(ValueError, match=r"inner.*NaN"):
+        collect(body, {"inner": body.inner}, [(torch.full((2, 8, 3), float("nan")), torch.zeros(2))], 4)
+
+
+def test_module_of_a_third():
+    body = Windows()
+    assert module_of("qkv", body) == module_of("qkv.k", body) == "qkv"
+    with pytest.raises(ValueError, match="nothere"):
+        module_of("nothere.q", body)
+
+
+D = 24
+SPREAD = torch.exp(-torch.arange(D).double() / D * 2)
+WEIGHT = torch.randn(D, D, generator=generator(3), dtype=torch.float64) / D**0.5
+
+
+def images(seed, n, tokens, shift=None):
+    """Tokens that share a part within their image: the image is the unit."""
+    own = torch.randn(n, 1, D, generator=generator(seed), dtype=torch.float64)
+    each = torch.randn(n, tokens, D, generator=generator(seed + 10_000), dtype=torch.float64)
+    x = (own + each) * SPREAD @ orthonormal(D, D, 5)
+    return x if shift is None else x @ shift
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_ot_map_recovers_the_rank_of_a_symmetric_covariance_shift(k):
+    u = orthonormal(D, k, 9)
+    shift = torch.eye(D, dtype=torch.float64) + 2 * u @ u.T
+    found = ot_map(WEIGHT, transport(images(1, 6000, 1), images(2, 6000, 1, shift), splits=6), keep=D)
+    assert found.rank == k
+    # ΔW = W (T − I) with T = (I + 2 U Uᵀ)⁻¹, so its singular directions act on the span of U alone.
+    a, b = found.a[:k], found.b[:, :k]
+    expected = WEIGHT @ (torch.linalg.inv(shift) - torch.eye(D, dtype=torch.float64))
+    assert torch.linalg.matrix_norm(b @ a - expected) < 0.1 * torch.linalg.matrix_norm(expected)
+
+
+def test_ot_map_is_quiet_under_the_null_and_blind_to_a_shift_of_the_mean():
+    quiet = [
+        ot_map(WEIGHT, transport(images(2 * s, 60, 3), images(2 * s + 1, 60, 3) + s % 2, splits=6)).rank > 0
+        for s in range(40)
+    ]
+    assert np.mean(quiet) <= 0.125  # 5 % of 40, and two standard deviations
+    x = images(0, 50, 2)
+    same = ot_map(WEIGHT, transport(x, x, splits=3))
+    assert same.values.max() < 1e-5
+    assert same.rank == 0
+
+
+def test_ot_map_on_a_projection_of_wide_inputs():
+    u = orthonormal(D, 2, 9)
+    shift = torch.eye(D, dtype=torch.float64) + 2 * u @ u.T
+    carried = transport(images(1, 3000, 1), images(2, 3000, 1, shift), splits=4, components=16)
+    assert carried.basis.shape == (D, 16)
+    assert torch.allclose(carried.basis.T @ carried.basis, torch.eye(16, dtype=torch.float64), atol=1e-6)
+    assert ot_map(WEIGHT, carried).rank == 2
+
+
+class Student(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.layer = nn.Linear(D, D, bias=False)
+        self.layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def squared(prediction, y):
+    return ((prediction - y) ** 2).sum((1, 2)).mean() / 2
+
+
+def gradients(seed, k, n=400, tokens=3, draws=8):
+    student = Student(WEIGHT)
+    x = images(seed, n, tokens).float()
+    change = (orthonormal(D, k, seed) @ orthonormal(D, k, seed + 1).T).float() if k else torch.zeros(D, D)
+    signal = x @ change.T
+    noise = images(seed + 77, n, tokens).float()
+    noise = noise / noise.std() * (signal.std() if k else 1.0)  # SNR 1
+    y = student(x) + signal + noise
+    batches = [(x[i : i + 128], y[i : i + 128]) for i in range(0, n, 128)]
+    return collect_gradients(
+        lambda t: t, student, squared, {"layer": student.layer}, batches, n, draws=draws, seed=seed
+    ), (x, y, student)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_gradient_recovers_the_planted_rank_at_snr_one(k):
+    assert gradients(5, k, n=3000)[0]["layer"].spectrum().rank == k
+
+
+def test_gradient_is_quiet_under_the_null():
+    assert np.mean([gradients(100 + s, 0, n=100)[0]["layer"].spectrum().rank > 0 for s in range(40)]) <= 0.125
+
+
+def test_gradients_are_those_of_autograd():
+    found, (x, y, student) = gradients(1, 2, n=150)
+    weight = student.layer.weight.detach().clone().requires_grad_()
+    each = [torch.autograd.grad(squared(a[None] @ weight.T, b[None]), weight)[0] for a, b in zip(x, y, strict=True)]
+    each = torch.stack(each)
+    own = found["layer"]
+    assert torch.allclose(own.mean(), each.mean(0), rtol=1e-3, atol=1e-4)
+    assert own.fisher() == pytest.approx(float(each.square().mean()), rel=1e-3)
+    assert own.importance(student.layer.weight) == pytest.approx(
+        float((weight.detach() * each.mean(0)).abs().mean()), rel=1e-3
+    )
+    rows = slice(8, 16)  # a third of a fused matrix
+    assert own.fisher(rows) == pytest.approx(float(each[:, rows].square().mean()), rel=1e-3)
+    spectrum = own.spectrum(rows)
+    assert spectrum.values == pytest.approx(torch.linalg.svdvals(each.mean(0)[rows]).double(), rel=1e-3)
+    assert torch.allclose((spectrum.b @ spectrum.a).float(), -each.mean(0)[rows], atol=1e-3)
+
+
+def test_gradients_pass_through_frozen_layers_and_windows():
+    body = Windows().requires_grad_(False)
+    x, y = torch.randn(6, 8, 3, generator=generator(1)), torch.zeros(6, 5)
+    found = collect_gradients(
+        lambda t: t, body, lambda p, t: (p - t).square().sum(1).mean(), {"inner": body.inner}, [(x, y)], 6, draws=3
+    )["inner"]
+    for parameter in body.parameters():
+        assert parameter.grad is None
+    body.requires_grad_(True)
+    (body(x) - y).square().sum(1).mean().backward()
+    assert torch.allclose(found.mean(), body.inner.weight.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no images"):
+        collect_gradients(lambda t: t, body, squared, {"inner": body.inner}, [], 6)
+
+
+def test_activation_spectrum_is_the_svd():
+    x = images(0, 40, 3)
+    rows = x.flatten(0, 1) - x.flatten(0, 1).mean(0)
+    exact = torch.linalg.svdvals(rows)
+    assert activation(x, keep=12).values == pytest.approx(exact[:12], rel=1e-9)
+    found = activation(x, keep=5)  # wide inputs: a randomised factorisation
+    assert found.values == pytest.approx(exact[:5], rel=1e-3)
+    assert found.energy == pytest.approx(float(rows.square().sum()))
+    assert torch.allclose(found.a @ found.a.T, torch.eye(5, dtype=torch.float64), atol=1e-6)
+    assert found.rank is None
+    assert found.b is None
+
+
+def test_ranks_of_a_weight():
+    q = orthonormal(D, 6, 1)
+    assert weight_ranks(q @ q.T) == pytest.approx({"stable_rank": 6.0, "effective_rank": 6.0}, rel=1e-4)
+    assert weight_ranks(torch.zeros(3, 4))["stable_rank"] == 0
+    single = weight_ranks(torch.outer(torch.arange(1.0, 4), torch.ones(5)))
+    assert single["stable_rank"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_intrinsic_dimension_of_a_flat_sheet(d):
+    points = torch.rand(1500, d, generator=generator(d), dtype=torch.float64) @ orthonormal(12, d, 2).T
+    assert intrinsic_dimension(points.float()) == pytest.approx(d, rel=0.15)
+    with pytest.raises(ValueError, match="different"):
+        intrinsic_dimension(torch.ones(50, 3))
+
+
+def test_upper_bound_holds_for_a_further_draw():
+    draws = np.random.default_rng(0).standard_normal((4000, 9))
+    above = np.mean([row[-1] > upper_bound(row[:-1]) for row in draws])
+    assert above == pytest.approx(0.025, abs=0.01)
+    with pytest.raises(ValueError, match="at least 2"):
+        upper_bound([1.0])
