@@ -27,7 +27,7 @@ def test_json_comes_back_with_schema_config_and_input_hashes(tmp_path: Path) -> 
     }
     artifacts.check_inputs(path, content, "stage=measure")
     source.write_bytes(b"abd")
-    with pytest.raises(ValueError, match="changed after.*stage=measure"):
+    with pytest.raises(ValueError, match=r"changed after.*stage=measure"):
         artifacts.check_inputs(path, content, "stage=measure")
     source.unlink()
     with pytest.raises(FileNotFoundError, match="gone"):
@@ -52,7 +52,7 @@ def test_missing_damaged_and_foreign_files_name_the_command(tmp_path: Path) -> N
         artifacts.read_json(path, "stage=measure")
     path.parent.mkdir()
     path.write_text('{"schema": 1, "val')
-    with pytest.raises(ValueError, match="damaged.*force=true"):
+    with pytest.raises(ValueError, match=r"damaged.*force=true"):
         artifacts.read_json(path, "stage=measure")
     path.write_text(json.dumps({"schema": 999}))
     with pytest.raises(ValueError, match="schema 999"):

@@ -15,7 +15,14 @@ from orca_rank.task import Normaliser, Task, relative_l2
 TINY = {
     "name": "swin_tiny_patch4_window7_224",
     "pretrained": False,
-    "options": {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4)},
+    "options": {
+        "img_size": 32,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (1, 1),
+        "num_heads": (2, 4),
+    },
 }
 VIT = {
     "name": "vit_small_patch16_224",

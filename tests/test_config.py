@@ -86,7 +86,9 @@ def small_data(config: DictConfig, cache: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("pretrain")])
-def test_every_experiment_runs_one_tiny_step(composed: Callable[..., DictConfig], tmp_path: Path, experiment: str) -> None:
+def test_every_experiment_runs_one_tiny_step(
+    composed: Callable[..., DictConfig], tmp_path: Path, experiment: str
+) -> None:
     options = [f"experiment={experiment}", *SMALL_MODEL]
     options += small_data(composed(f"experiment={experiment}"), tmp_path)
     if composed(*options).adapter.method == "inject":

@@ -33,7 +33,9 @@ def run(config: DictConfig) -> None:
         table.add_row(package, importlib.metadata.version(package), "")
     for module, extra in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
-        table.add_row(module, "yes" if there else "no", "" if there else escape(f'optional: pip install "orca_rank[{extra}]"'))
+        table.add_row(
+            module, "yes" if there else "no", "" if there else escape(f'optional: pip install "orca_rank[{extra}]"')
+        )
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     table.add_row("CUDA device", cuda, "" if torch.cuda.is_available() else "everything runs on the CPU")
     table.add_row("CPU threads", str(torch.get_num_threads()), "OMP_NUM_THREADS sets them")
