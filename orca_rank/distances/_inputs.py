@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,36 +14,65 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+SAMPLES = {"x": "x_label", "y": "y_label", "source": "label", "target": "label"}  # a sample and its labels
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a distance outside autocast, so that bf16 training never lowers its precision."""
+    """Check the samples among a distance's arguments, then run it outside autocast, whatever the training precision."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        devices = {a.device.type for a in args if isinstance(a, Tensor)} | {"cpu"}
-        with torch.autocast("cpu", enabled=False):
-            if devices == {"cpu"}:
-                return function(*args, **kwargs)
-            with torch.autocast((devices - {"cpu"}).pop(), enabled=False):
-                return function(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        device = _check(given)
+        with torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
 
     return wrapped
 
 
-def points(x: Tensor, name: str, minimum: int = 1) -> Tensor:
-    """x (n, d) as float32, or float64 if it is float64.
+def _check(given: Mapping[str, Any]) -> str:
+    """Check every sample and its labels by the names of SAMPLES; the device they are on."""
+    seen: dict[str, Tensor] = {}
+    for name, label in SAMPLES.items():
+        if name in given:
+            _check_sample(given[name], name)
+            seen[name] = given[name]
+            label = label if label in given else "label"
+            if given.get(label) is not None:
+                _check_label(given[label], len(given[name]), label)
+    x, *rest = seen.values()
+    for other in rest:
+        if x.shape[1] != other.shape[1]:
+            raise ValueError(f"x and y must have the same width d, received {tuple(x.shape)} and {tuple(other.shape)}")
+        if x.device != other.device:
+            raise ValueError(f"x and y must be on one device, received {x.device} and {other.device}")
+    return x.device.type
 
-    Raises:
-        TypeError: if it is no tensor. ValueError: for another shape, too few rows, or values that are not finite.
-    """
+
+def _check_sample(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (n, d), received {type(x).__name__}")
-    if x.ndim != 2 or x.shape[0] < minimum or x.shape[1] < 1:
-        raise ValueError(f"{name} must have shape (n, d) with n >= {minimum} and d >= 1, received {tuple(x.shape)}")
+    if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 1:
+        raise ValueError(f"{name} must have shape (n, d) with n >= 1 and d >= 1, received {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"{name} must hold floating-point features, received {x.dtype}: convert it with .float()")
     if not bool(torch.isfinite(x.detach()).all()):
         bad = int((~torch.isfinite(x.detach())).sum())
         raise ValueError(f"{name} must be finite, received {bad} NaN or infinite values of {x.numel()}")
+
+
+def _check_label(label: Any, n: int, name: str) -> None:
+    if not isinstance(label, Tensor):
+        raise TypeError(f"{name} must be an integer tensor of shape ({n},), received {type(label).__name__}")
+    if label.shape != (n,):
+        raise ValueError(f"{name} must have one label per sample, shape ({n},), received {tuple(label.shape)}")
+    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, received {label.dtype}: convert it with .long()")
+
+
+def points(x: Tensor) -> Tensor:
+    """x as float32, or float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -50,36 +80,21 @@ def pair(x: Tensor, y: Tensor, minimum: int = 1) -> tuple[Tensor, Tensor]:
     """Both samples in one dtype, shifted by their common mean (distances do not see it, rounding does).
 
     Raises:
-        ValueError: as `points`, or if the two differ in width or device.
+        ValueError: if either has fewer than `minimum` rows.
     """
-    x, y = points(x, "x", minimum), points(y, "y", minimum)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have the same width d, received {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.device != y.device:
-        raise ValueError(f"x and y must be on one device, received {x.device} and {y.device}")
-    dtype = torch.promote_types(x.dtype, y.dtype)
+    for name, z in (("x", x), ("y", y)):
+        if len(z) < minimum:
+            raise ValueError(f"{name} must have at least {minimum} rows here, received {tuple(z.shape)}")
+    dtype = torch.promote_types(points(x).dtype, points(y).dtype)
     x, y = x.to(dtype), y.to(dtype)
     shift = (x.detach().mean(0) + y.detach().mean(0)) / 2
     return x - shift, y - shift
 
 
-def classes(label: Tensor | None, n: int, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Labels as indices 0..K−1 in the order of their values, and the number of samples of each.
-
-    Args:
-        label: (n,) integers of any values, or None for one class.
-
-    Raises:
-        TypeError: if it is no tensor. ValueError: for another shape or dtype.
-    """
+def classes(label: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Labels (n,) of any integers as indices 0..K−1 in their order, and the samples of each; None is one class."""
     if label is None:
         return torch.zeros(n, dtype=torch.long, device=device), torch.tensor([n], device=device)
-    if not isinstance(label, Tensor):
-        raise TypeError(f"{name} must be an integer tensor of shape ({n},), received {type(label).__name__}")
-    if label.shape != (n,):
-        raise ValueError(f"{name} must have one label per sample, shape ({n},), received {tuple(label.shape)}")
-    if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
-        raise ValueError(f"{name} must hold integers, received {label.dtype}: convert it with .long()")
     _, index, counts = torch.unique(label.to(device), return_inverse=True, return_counts=True)
     return index, counts
 

@@ -51,7 +51,7 @@ class MMD:
     """
 
     def __init__(self, source: Features, label: Labels, kernels: int = 5, bandwidth: float | None = None) -> None:
-        self.source = points(source, "source")
+        self.source = points(source)
         self.kernels = kernels
         self.bandwidth = bandwidth or bandwidth_of(self.source, self.source, "mean")
         n, radial = len(source), gaussian_radial(self.bandwidth, kernels)
@@ -62,7 +62,7 @@ class MMD:
         x, y = pair(self.source, target)
         m, radial = len(y), gaussian_radial(self.bandwidth, self.kernels)
         within = (pair_sum(y, None, radial) + m * self.kernels) / m**2
-        return self.own.to(y) + within - 2 * pair_sum(x, y, radial) / (len(x) * m)
+        return self.own + within - 2 * pair_sum(x, y, radial) / (len(x) * m)
 
 
 class Sliced:
@@ -101,9 +101,8 @@ class L2:
     """
 
     def __init__(self, source: Features, label: Labels) -> None:
-        self.mean = points(source, "source").mean(0)
+        self.mean = points(source).mean(0)
 
     @full_precision
     def __call__(self, target: Features, label: Labels) -> Float[Tensor, ""]:
-        target = points(target, "target")
-        return (target.mean(0) - self.mean.to(target)).square().sum()
+        return (points(target).mean(0) - self.mean).square().sum()

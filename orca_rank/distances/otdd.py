@@ -48,7 +48,7 @@ class _Labelled:
         if label is None and inner != "none":
             raise ValueError(f'{name} is None: give labels, or inner="none" for transport without labels')
         self.x, self.inner = x, inner
-        self.index, counts = classes(None if inner == "none" else label, len(x), name, x.device)
+        self.index, counts = classes(None if inner == "none" else label, len(x), x.device)
         features = x.detach() if detach else x
         if inner == "gaussian":
             self.gaussian = GaussianClasses(features, self.index, counts, ddof)
@@ -172,7 +172,7 @@ class OTDDSource:
         ddof: int = 1,
     ) -> None:
         _choice("inner", inner, _INNER)
-        x = points(x, "x").detach()
+        x = points(x).detach()
         self.shift = x.mean(0)
         self.options = {"inner": inner, "ddof": ddof}
         self.tolerance, self.max_iterations = tolerance, max_iterations
@@ -190,7 +190,6 @@ class OTDDSource:
         Raises:
             ValueError: for bad shapes, labels or values that are not finite.
         """
-        y = points(y, "y")
         if y.shape[1] != self.shift.shape[0]:
             raise ValueError(f"y must have the source's width {self.shift.shape[0]}, received {tuple(y.shape)}")
         y = y.to(self.shift) - self.shift
