@@ -16,11 +16,13 @@ from torch import Tensor
 CPU_ROWS = 2048
 
 
-def prefers_dense(rank: int, d_in: int, d_out: int) -> bool:
-    """Whether (W₀ + BA)x costs less than W₀x + B(Ax): a weight gradient, d_in d_out, against 3 r (d_in + d_out) per
-    token. At small ranks the second form wins (kexue.fm/9590), at large ones the first.
+def prefers_dense(tokens: int, rank: int, d_in: int, d_out: int) -> bool:
+    """Whether (W₀ + BA)x costs less than W₀x + B(Ax) in a training step of so many tokens.
+
+    The first needs the weight's gradient, d_in d_out per token, and four products of BA's size; the second
+    3 r (d_in + d_out) per token. At small ranks the second form wins (kexue.fm/9590), at large ones the first.
     """
-    return 3 * rank * (d_in + d_out) > d_in * d_out
+    return (tokens + 4 * rank) * d_in * d_out < 3 * tokens * rank * (d_in + d_out)
 
 
 class Plan(NamedTuple):
@@ -90,7 +92,8 @@ class LeanLinear(torch.autograd.Function):
                     z[rows] = z_own
         ctx.plan = plan
         ctx.save_for_backward(weight, a, z, *bs, *(inputs if keeps_inputs else [x.new_empty(0) for x in inputs]))
-        ctx.shape, ctx.inputs_dtype, ctx.keeps_inputs = inputs[0].shape, inputs[0].dtype, keeps_inputs
+        ctx.shapes, ctx.keeps_inputs = [x.shape for x in inputs], keeps_inputs
+        ctx.inputs_dtype = inputs[0].dtype
         return y.reshape(*inputs[0].shape[:-1], -1)
 
     @staticmethod
@@ -107,14 +110,7 @@ class LeanLinear(torch.autograd.Function):
         dw = torch.zeros_like(w) if plan.dense else None
         da, dbs = torch.zeros_like(a), [torch.zeros_like(b.T) for b in bs]
         dx: list[Any] = [None] * len(inputs)
-        if plan.before is None and wanted[0]:
-            dx = [dy.new_empty(ctx.shape, dtype=ctx.inputs_dtype)]
-        elif plan.before is not None:
-            dx = [
-                None if not want else x.detach() if plan.reuse else torch.empty_like(x)
-                for x, want in zip(inputs, wanted, strict=True)
-            ]
-        like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shape)
+        like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shapes[0])
         for entries, rows in plan.chunks(like):
             given = [x[entries] for x in inputs] if ctx.keeps_inputs else []
             u, leaves = _rebuild(plan, given, wanted, ctx.autocast)
@@ -125,19 +121,22 @@ class LeanLinear(torch.autograd.Function):
                     dw.addmm_(dy_own.T, flat)
                 du = dy_own @ w if any(wanted) else None
             else:
-                dz = torch.cat([dy_own[:, part] @ b for part, b in zip(plan.rows, bs, strict=True)], dim=1)  # (n, R)
+                # (R, n): this orientation of the thin products is the fast one.
+                dz = torch.cat([b.T @ dy_own[:, part].T for part, b in zip(plan.rows, bs, strict=True)])
                 if learns_b:
                     z_own = flat @ a.T if z is None else z[rows]
                     for part, db, z_part in zip(plan.rows, dbs, _split(z_own, bs, 1), strict=True):
                         db.addmm_(z_part.T, dy_own[:, part])
                 if learns_a:
-                    da.addmm_(dz.T, flat)
-                du = (dy_own @ w).addmm_(dz, a) if any(wanted) else None
+                    da.addmm_(dz, flat)
+                du = (dy_own @ w).addmm_(dz.T, a) if any(wanted) else None
             if du is not None:
-                _pass_on(plan, u, du, leaves, [d if d is None else d[entries] for d in dx])
+                grads = _pass_on(plan, u, du, leaves)
+                _write(dx, grads, entries, ctx.shapes, inputs if plan.reuse else None)
         if plan.dense:
             da = torch.cat([b.T @ dw[part] for part, b in zip(plan.rows, bs, strict=True)])
             dbs = [own @ dw[part].T for part, own in zip(plan.rows, _split(a, bs, 0), strict=True)]
+        dx = [d if d is None else d.to(ctx.inputs_dtype) for d in dx]
         return None, None, None, da, *(db.T for db in dbs), *dx
 
 
@@ -166,12 +165,29 @@ def _rebuild(
         return plan.before(*leaves), leaves
 
 
-def _pass_on(plan: Plan, u: Tensor | None, du: Tensor, leaves: Sequence[Tensor], into: Sequence[Tensor | None]) -> None:
-    """Write the inputs' gradients, from that of u, into their chunks."""
+def _pass_on(plan: Plan, u: Tensor | None, du: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of a chunk's inputs from that of u."""
     if plan.before is None:
-        into[0].copy_(du.reshape(into[0].shape))
-        return
-    pairs = [(leaf, target) for leaf, target in zip(leaves, into, strict=True) if target is not None]
-    grads = torch.autograd.grad(u, [leaf for leaf, _ in pairs], du.reshape(u.shape).to(u.dtype))
-    for (_, target), grad in zip(pairs, grads, strict=True):
-        target.copy_(grad)
+        return [du]
+    learning = [leaf for leaf in leaves if leaf.requires_grad]
+    grads = iter(torch.autograd.grad(u, learning, du.reshape(u.shape).to(u.dtype)))
+    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _write(
+    dx: list[Any],
+    grads: Sequence[Tensor | None],
+    entries: slice,
+    shapes: Sequence[torch.Size],
+    into: Sequence[Tensor] | None,
+) -> None:
+    """Put a chunk's gradients in their place; a chunk that is everything needs no copy."""
+    for i, (grad, shape) in enumerate(zip(grads, shapes, strict=True)):
+        if grad is None:
+            continue
+        if entries.stop - entries.start == shape[0]:
+            dx[i] = grad.reshape(shape)
+            continue
+        if dx[i] is None:
+            dx[i] = grad.new_empty(shape) if into is None else into[i].detach()
+        dx[i][entries].copy_(grad.reshape(dx[i][entries].shape))

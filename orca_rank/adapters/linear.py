@@ -110,10 +110,10 @@ class AdaptedLinear(nn.Linear):
         factors = [branch.factors() for branch in self.branches.values()]
         a = torch.cat([a for a, _ in factors]) if len(factors) > 1 else factors[0][0]
         bs = [b.to(dtype) for _, b in factors]
-        rows = [self.rows(part) for part in self.branches]
-        dense = all(prefers_dense(b.shape[1], self.in_features, len(b)) for b in bs)
-        plan = Plan(before, rows, dense, group or 1, dtype, reuse)
         shape = inputs[0].shape[:-1]
+        rows = [self.rows(part) for part in self.branches]
+        dense = all(prefers_dense(shape.numel(), b.shape[1], self.in_features, len(b)) for b in bs)
+        plan = Plan(before, rows, dense, group or 1, dtype, reuse)
         if group is None:
             inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         y = LeanLinear.apply(plan, self.base_weight(), self.bias, a.to(dtype), *bs, *inputs)
