@@ -158,9 +158,7 @@ def gap_values(
     """
     entries = [layer.gap.get(metric) or {} for layer in layers]
     values = [_number(entry.get("value")) for entry in entries]
-    _complain(
-        layers, values, f"the gap '{metric}'", rule, f"gap.metrics with '{metric}' in it (gap=all has every metric)"
-    )
+    _complain(layers, values, f"the gap '{metric}'", rule, f"'{metric}' among gap.metrics (gap=all has all)")
     if p_max is not None:
         p_values = [_number(entry.get("p")) for entry in entries]
         _complain(layers, p_values, f"p-values of the gap '{metric}'", rule, "gap.permutations > 0")

@@ -68,9 +68,9 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        source = _pass(
-            config, source_model(resolve_backbone(config)), sets["source"], modules, tokens, progress, "source"
-        )
+        torch.manual_seed(seed)  # a body without pretrained weights must be the same on both sides
+        own = source_model(resolve_backbone(config))
+        source = _pass(config, own, sets["source"], modules, tokens, progress, "source")
         target = _pass(config, model, sets["target"], modules, tokens, progress, "target")
         needs_labels = wanted.gradient or wanted.importance or wanted.fisher
         gradients = _gradients(config, model, sets["target"], modules, progress) if needs_labels else None

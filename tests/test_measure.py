@@ -1,0 +1,150 @@
+"""stage=measure on small data: what it writes, that it measures what it should, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orca_rank.artifacts import write_tensors
+from orca_rank.ranks import Layer, RankPlan
+from orca_rank.stages import measure
+from orca_rank.stages.layer_records import agreement, classes
+
+SMALL = (
+    "stage=measure",
+    "data=digits",
+    "source=digits",
+    "backbone.pretrained=false",
+    "~measure.compare.digits_near",
+    "gap.samples=24",
+    "gap.bootstrap=4",
+    "gap.permutations=9",
+    "gap.splits=2",
+    "gap.slow.bootstrap=2",
+    r"layers.target='blocks\.0\.(attn\.qkv|mlp\.fc1)$'",
+)
+
+
+@pytest.fixture
+def measured(composed, tmp_path):
+    """measured("override", ...) runs the stage and returns the folder that it wrote."""
+
+    def go(*overrides):
+        config = composed(*SMALL, *overrides)
+        measure.run(config)
+        return tmp_path / "runs" / config.run / "measure"
+
+    return go
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_gaps_and_plan_are_written(measured, capsys):
+    folder = measured("rank=proportional", "budget.mean_rank=3")
+    printed = capsys.readouterr().out
+    assert "no aligned embedder" in printed
+    assert "mean rank 3.00" in printed
+    found = read(folder / "layers.json")
+    layers = [Layer.from_dict(record) for record in found["layers"]]
+    assert [layer.name.rpartition(".")[2] for layer in layers[:4]] == ["q", "k", "v", "fc1"]
+    for layer in layers:
+        for metric in ("mmd", "sliced"):
+            gap = layer.gap[metric]
+            assert gap["low"] <= gap["value"] <= gap["high"]
+            assert 0.1 - 1e-9 <= gap["p"] <= gap["p_family"] + 0.2
+        assert layer.measured["weight"]["stable_rank"] > 1
+    assert layers[0].gap == layers[1].gap == layers[2].gap  # q, k and v have one input
+    plan = RankPlan.from_dict({**read(folder / "ranks.json"), "schema": 1}).check(layers)
+    assert plan.total_rank == 3 * len(layers)
+    assert plan.measurement
+    assert found["agreement"]["depth"]["depth"] == 1.0
+
+
+def test_a_second_run_measures_nothing_and_makes_the_plan_anew(measured, capsys):
+    folder = measured("rank=proportional")
+    stamp = (folder / "layers.json").stat().st_mtime_ns
+    measured("rank=uniform", "rank.r=2")
+    assert "measure is done" in capsys.readouterr().out
+    assert (folder / "layers.json").stat().st_mtime_ns == stamp
+    assert set(read(folder / "ranks.json")["ranks"].values()) == {2}
+    with pytest.raises(ValueError, match="force=true"):
+        measured("gap.splits=3")
+    measured("gap.splits=3", "force=true")
+    assert (folder / "layers.json").stat().st_mtime_ns > stamp
+
+
+def test_everything_at_once(measured):
+    folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
+                      "gap.tokens=4", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
+    layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
+    directions = load_file(folder / "directions.safetensors")
+    for layer in layers:
+        assert set(layer.gap) == {m + v for m in ("mmd", "sliced") for v in ("", "_standardised", "_whitened")}
+        for kind in ("ot_map", "gradient", "activation"):
+            values = layer.measured[kind]["singular_values"]
+            assert values == sorted(values, reverse=True)
+            assert directions[f"{kind}/{layer.name}.A"].shape[1] == layer.d_in
+        for kind in ("ot_map", "gradient"):
+            found = layer.measured[kind]
+            assert found["rank"] == sum(value > found["null"] for value in found["singular_values"])
+            assert directions[f"{kind}/{layer.name}.B"].shape[0] == layer.d_out
+        assert layer.measured["importance"] > 0
+        assert layer.measured["fisher"] > 0
+        assert layer.measured["intrinsic_dimension"]["input"] > 0
+
+
+def test_an_aligned_embedder_is_used_and_another_target_is_compared(measured, composed, tmp_path):
+    plain = read(measured("run=plain") / "layers.json")
+    model = measure.build_model(composed(*SMALL, "embedder.aligned=false"), measure.build(composed(*SMALL).data).task)
+    state = {name: torch.randn_like(value) for name, value in model.embedder.state_dict().items()}
+    write_tensors(tmp_path / "runs" / "moved" / "align" / "embedder.safetensors", state)
+    folder = measured("run=moved", "+data@measure.compare.near=digits_near")
+    moved = read(folder / "layers.json")
+    assert moved["layers"][0]["gap"]["mmd"]["value"] > 2 * plain["layers"][0]["gap"]["mmd"]["value"]
+    assert moved["config"]["embedder"]["aligned"] is True
+    assert any("embedder.safetensors" in name for name in moved["inputs"])
+    near = read(folder / "compare" / "near.json")
+    assert near["name"] == "near"
+    assert [layer["name"] for layer in near["layers"]] == [layer["name"] for layer in moved["layers"]]
+
+
+def test_a_rule_without_its_measurement_fails_before_any_work(measured, tmp_path):
+    for rule, option in (("ot_map", "ot_map"), ("gelora", "intrinsic_dimension")):
+        with pytest.raises(ValueError, match=rf"stage=measure.*gap\.measurements\.{option}=true"):
+            measured(f"rank={rule}")
+    with pytest.raises(ValueError, match=r"'energy' among gap\.metrics"):
+        measured("rank=proportional", "rank.metric=energy")
+    with pytest.raises(ValueError, match="variants"):
+        measured("gap.variants=[whiter]")
+    assert not (tmp_path / "runs" / "demo" / "measure").exists()
+
+
+def test_the_same_data_on_both_sides_shows_no_gap(measured):
+    folder = measured("data=digits", "data.channels=3", "gap.samples=200", "gap.permutations=99", "gap.bootstrap=0",
+                      "seed=3")  # fmt: skip
+    for record in read(folder / "layers.json")["layers"]:
+        assert abs(record["gap"]["mmd"]["value"]) < 0.05
+        assert record["gap"]["mmd"]["low"] is None
+
+
+def test_classes_of_fields_are_clusters():
+    fields = torch.cat([torch.zeros(10, 1, 3, 3), torch.ones(10, 1, 3, 3)]) + 0.01 * torch.randn(20, 1, 3, 3)
+    found = classes(fields, seed=0, clusters=2)
+    assert len(set(found[:10])) == len(set(found[10:])) == 1
+    assert found[0] != found[10]
+    assert classes(torch.tensor([3, 1]), 0).tolist() == [3, 1]
+
+
+def test_agreement_is_spearmans():
+    layers = [
+        Layer(str(i), 4, 4, {"mmd": {"value": v}}, {"fisher": float(-i), "gradient": {"rank": i * i}, "weight":
+              {"stable_rank": 2.0}}) for i, v in enumerate([0.1, 0.5, 0.4, 3.0])
+    ]  # fmt: skip
+    found = agreement(layers)
+    assert found["depth"]["mmd gap"] == 0.8
+    assert found["depth"]["fisher"] == -1
+    assert found["fisher"]["gradient rank"] == -1
+    assert "stable rank" not in found  # constant: no order
