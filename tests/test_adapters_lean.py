@@ -1,0 +1,274 @@
+"""The lean step against the plain module: outputs, gradients, dtypes, compilation, DDP, checkpointing."""
+
+import copy
+import os
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from orca_rank.adapters import DyLoRA, LoRA, adapters, begin_step, inject, merge, set_memory, unload
+from orca_rank.adapters import lean as lean_module
+from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
+
+timm = pytest.importorskip("timm")
+NAMES = ("qkv", "proj", "fc1", "fc2")
+
+
+def swin(**options) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 56, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 3}
+    return timm.create_model("swin_tiny_patch4_window7_224", **{**sizes, "drop_path_rate": 0.0, **options})
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+
+
+def inputs(model: nn.Module, dtype=torch.float64) -> torch.Tensor:
+    size = 56 if hasattr(model, "layers") else 32
+    return torch.linspace(-2, 2, 2 * 3 * size * size, dtype=dtype).reshape(2, 3, size, size).sin()
+
+
+def adapt(model: nn.Module, memory: str, rank: int = 2, thirds: bool = False, **options) -> nn.Module:
+    ranks = {}
+    for name, module in model.named_modules():
+        if name.endswith(NAMES) and isinstance(module, nn.Linear):
+            if thirds and name.endswith("qkv"):
+                ranks |= {f"{name}.q": rank, f"{name}.v": rank + 1}
+            else:
+                ranks[name] = rank
+    make = options.pop("make", LoRA)
+    inject(model, SimpleNamespace(ranks=ranks, allow_above_full=True), partial(make, **options), memory=memory)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.lora_B.normal_(0, 0.1)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"output": y.detach(), "input": x.grad, **found}
+
+
+def assert_same(first: dict, second: dict, rtol: float = 1e-9) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert float((value - second[name]).norm()) <= rtol * float(value.norm()) + 1e-30, name
+
+
+@pytest.mark.parametrize("make", [swin, vit, partial(swin, img_size=60)])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 30}, {"thirds": True}, {"frozen": "A"}, {"frozen": "B"}, {"init": "symmetric"}]
+)
+def test_same_outputs_and_gradients_as_the_plain_module(make, options, monkeypatch):
+    monkeypatch.setattr(lean_module, "CPU_ROWS", 50)  # several chunks
+    plain, lean = (adapt(make().double(), memory, **options) for memory in ("plain", "lean"))
+    x = inputs(plain)
+    if make is not swin and make is not vit:
+        x = F.pad(x, (2, 2, 2, 2))
+    assert_same(gradients(plain, x), gradients(lean, x))
+
+
+def test_dylora_takes_the_same_path():
+    plain, lean = (adapt(swin().double(), memory, rank=4, make=DyLoRA) for memory in ("plain", "lean"))
+    for model in (plain, lean):
+        begin_step(model, torch.Generator().manual_seed(3))
+    assert_same(gradients(plain, inputs(plain)), gradients(lean, inputs(lean)))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("before", [None, F.gelu, lambda x: F.layer_norm(x, (6,))])
+def test_gradcheck(dense, before, monkeypatch):
+    monkeypatch.setattr(lean_module, "CPU_ROWS", 2)
+    generator = torch.Generator().manual_seed(0)
+    w, bias, a, b1, b2, x = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((9, 6), (9,), (5, 6), (3, 2), (3, 3), (5, 6))
+    )
+    rows = [slice(0, 3), slice(6, 9)]
+    plan = Plan(before, rows, dense, 1, torch.float64)
+    leaves = [t.requires_grad_() for t in (a, b1, b2, x)]
+    assert torch.autograd.gradcheck(lambda a, *rest: LeanLinear.apply(plan, w, bias, a, *rest), leaves)
+    delta = torch.zeros(9, 6, dtype=torch.float64)
+    delta[:3], delta[6:] = b1.detach() @ a.detach()[:2], b2.detach() @ a.detach()[2:]
+    u = x if before is None else before(x)
+    assert torch.allclose(LeanLinear.apply(plan, w, bias, *leaves), u @ (w + delta).T + bias)
+
+
+def test_cost_rule():
+    assert prefers_dense(25088, 256, 96, 288) and not prefers_dense(25088, 8, 96, 288)
+    assert not prefers_dense(100, 256, 768, 2304)  # W₀ + BA costs more than the few tokens
+
+
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+def test_bfloat16_autocast(memory):
+    exact = gradients(adapt(swin(), "plain"), inputs(swin(), torch.float32))
+    model = adapt(swin(), memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        x = inputs(model, torch.float32).requires_grad_()
+        y = model(x)
+        loss = y.float().square().sum()
+    loss.backward()
+    assert y.dtype == torch.bfloat16
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad.dtype == torch.float32
+            assert float(F.cosine_similarity(p.grad.flatten(), exact[name].flatten(), dim=0)) > 0.95, name
+
+
+def test_without_gradients_the_same_outputs():
+    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+    with torch.no_grad():
+        assert torch.allclose(plain(inputs(plain)), lean(inputs(lean)), atol=1e-12)
+    merge(lean)
+    assert torch.allclose(plain(inputs(plain)), lean(inputs(lean)), atol=1e-12)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x).sum().backward()
+    return sum(kept.values())
+
+
+def test_keeps_less_than_the_frozen_model():
+    x = inputs(swin(), torch.float32)
+    frozen = swin().requires_grad_(False)
+    plain, lean = (saved_bytes(adapt(swin(), memory), x) for memory in ("plain", "lean"))
+    assert lean < 0.8 * plain and lean < saved_bytes(frozen, x.clone().requires_grad_())
+
+
+def test_x_is_kept_once_for_the_thirds_and_not_at_all_for_lora_fa():
+    x = torch.randn(64, 12, requires_grad=True)
+    kept = {}
+    for frozen in (None, "A"):
+        model = nn.Sequential(nn.Linear(12, 36))
+        inject(model, {"0.q": 2, "0.k": 2, "0.v": 2}, partial(LoRA, frozen=frozen))
+        kept[frozen] = saved_bytes(model, x)
+    small = 4 * (6 * 12 + 3 * 12 * 2)  # A stacked and the scaled Bs
+    assert kept[None] <= 4 * 64 * 12 + small
+    assert kept["A"] <= 4 * 64 * 6 + small
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+    for stage in lean.layers:
+        stage.blocks = _Checkpointed(stage.blocks, reentrant)
+    first, second = gradients(plain, inputs(plain)), gradients(lean, inputs(lean))
+    assert_same(first, {name.replace(".inner", ""): value for name, value in second.items()})
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x):
+        for block in self.inner:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
+def test_torch_compile():
+    plain = adapt(vit().double(), "plain")
+    compiled = torch.compile(adapt(vit().double(), "lean"), backend="aot_eager")
+    first, second = gradients(plain, inputs(plain)), gradients(compiled, inputs(plain))
+    assert_same(first, {name.removeprefix("_orig_mod."): value for name, value in second.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_torch_compile_with_inductor():
+    plain = adapt(vit(), "plain")
+    compiled = torch.compile(adapt(vit(), "lean"))
+    x = inputs(plain, torch.float32)
+    first, second = gradients(plain, x), gradients(compiled, x)
+    assert_same(first, {name.removeprefix("_orig_mod."): value for name, value in second.items()}, rtol=1e-4)
+
+
+def _worker(rank: int, port: int, path: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(adapt(swin(), "lean"))
+    model(inputs(swin(), torch.float32)[rank : rank + 1]).square().sum().backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.module.named_parameters() if p.requires_grad}, path)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel(tmp_path):
+    """Two processes with one image each average to half of the sum over both images."""
+    path = str(tmp_path / "grads.pt")
+    torch.multiprocessing.spawn(_worker, (29500 + os.getpid() % 1000, path), nprocs=2)
+    whole = gradients(adapt(swin(), "plain"), inputs(swin(), torch.float32))
+    for name, grad in torch.load(path).items():
+        assert torch.allclose(2 * grad, whole[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_two_backward_passes_through_one_graph_stop_with_an_error(monkeypatch):
+    monkeypatch.setattr(lean_module, "CPU_ROWS", 50)
+    model = adapt(swin(), "lean")
+    loss = model(inputs(model, torch.float32)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+    set_memory(model, "plain")
+    loss = model(inputs(model, torch.float32)).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_hooks_are_still_called():
+    model = adapt(swin(), "lean")
+    seen = []
+    model.layers[0].blocks[1].attn.proj.register_forward_hook(lambda *_: seen.append("proj"))
+    model.layers[0].blocks[0].norm1.register_forward_pre_hook(lambda *_: seen.append("norm"))
+    gradients(model, inputs(model, torch.float32))
+    assert seen == ["norm", "proj"]
+
+
+def test_trained_norms_and_biases_get_their_gradients():
+    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+    for model in (plain, lean):
+        block = model.layers[0].blocks[1]
+        for module in (block.norm1, block.norm2):
+            module.requires_grad_(True)
+        block.attn.proj.bias.requires_grad_(True)
+        model.layers[1].blocks[0].attn.relative_position_bias_table.requires_grad_(True)
+    assert_same(gradients(plain, inputs(plain)), gradients(lean, inputs(lean)))
+
+
+def test_copies_and_unloading():
+    model = adapt(swin().double(), "lean")
+    other = copy.deepcopy(model)
+    assert other.layers[0].blocks[0].forward.__self__ is other.layers[0].blocks[0]
+    assert_same(gradients(model, inputs(model)), gradients(other, inputs(model)))
+    unload(other)
+    assert "forward" not in vars(other.layers[0].blocks[0])
+    with pytest.raises(ValueError, match="expected"):
+        set_memory(model, "more")
