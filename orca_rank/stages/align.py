@@ -178,6 +178,7 @@ def run(config: DictConfig) -> None:
 
     L.seed_everything(config.seed, verbose=False)
     data = prepared(config.data)
+    torch.manual_seed(config.seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
     wanted = config.trainer.get("accelerator", "auto")
     device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")

@@ -115,6 +115,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     options = config.align
     pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
     backbone = resolve_backbone(config)
+    torch.manual_seed(config.seed)  # where weights are random, those of every other stage
     embedder = source_model(backbone).embedder
     name = key(
         {
