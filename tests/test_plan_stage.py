@@ -79,3 +79,12 @@ def test_errors_name_the_option(composed: Callable[..., DictConfig]) -> None:
         plan.run(composed("stage=plan", "rank=proportional"))
     with pytest.raises(ValueError, match="exactly one"):
         plan.run(composed("stage=plan", "rank=uniform", "budget.parameters=100"))
+
+
+def test_rules_side_by_side_at_one_budget(composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture) -> None:
+    content = planned(composed("stage=plan", "rank=uniform", "rank.r=null", "plan.rules=[uniform,proportional]"))
+    assert set(content["rules"]) == {"uniform"}
+    assert content["rules"]["uniform"] == {layer["name"]: layer["rank"] for layer in content["layers"]}
+    assert "proportional is left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="unifrom"):
+        plan.run(composed("stage=plan", "rank=uniform", "plan.rules=[unifrom]"))

@@ -17,6 +17,7 @@ from orca_rank.ranks.spectral import activation, gradient, ot_map
 from orca_rank.ranks.theory import theory
 
 __all__ = [
+    "RULES",
     "Budget",
     "Layer",
     "RankPlan",
@@ -37,3 +38,23 @@ __all__ = [
     "theory",
     "uniform",
 ]
+
+# The rules that need nothing but layers and a budget, by name.
+RULES = {
+    rule.__name__: rule
+    for rule in (
+        uniform,
+        proportional,
+        shuffled,
+        ot_map,
+        gradient,
+        activation,
+        stable_rank,
+        importance,
+        fisher,
+        gelora,
+        ibp_count,
+        ibp_stick,
+        beta_bernoulli,
+    )
+}

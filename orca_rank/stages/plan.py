@@ -2,57 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from orca_rank.artifacts import select, stage_folder, write_json
+from orca_rank import ranks
+from orca_rank.artifacts import plain, select, stage_folder, write_json
 from orca_rank.build import build
-from orca_rank.ranks import Layer, RankPlan
+from orca_rank.ranks import Budget, Layer
 from orca_rank.stages.parts import bare_model, count_parameters, layers_of, make_plan, make_trainable, outline
+
+console = Console()
 
 
 def run(config: DictConfig) -> None:
     """Apply the rank rule, count every parameter, print the table and write plan/plan.json.
 
-    Needs no weights; needs data only where the data config cannot tell its shapes, and stage=measure only where the
-    rule reads measurements.
+    `plan.rules` names further rules to show beside it, with their default options at the same budget. Needs no
+    weights; needs data only where the data config cannot tell its shapes, and stage=measure only where a rule reads
+    measurements.
+
+    Raises:
+        ValueError: a rule that cannot be applied, or a name in plan.rules that is no rule.
     """
     model = bare_model(config, outline(build(config.data)))
     layers = layers_of(config, model.body)
     adapters = config.adapter.method == "inject"
     plan = make_plan(config, layers) if adapters else None
+    others = _other_rules(config, layers) if adapters else {}
     make_trainable(model, config, plan)
     counts = count_parameters(model, adapters)
-    ranks = plan.ranks if plan is not None else {}
+    chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [
         {
             "name": layer.name,
             "d_in": layer.d_in,
             "d_out": layer.d_out,
-            "rank": ranks.get(layer.name, 0),
-            "parameters": ranks.get(layer.name, 0) * layer.cost,
+            "rank": chosen[layer.name],
+            "parameters": chosen[layer.name] * layer.cost,
         }
         for layer in layers
     ]
-    path = stage_folder(config, "plan") / "plan.json"
-    made_from = select(config, "data", "backbone", "layers", "embedder", "predictor", "adapter", "rank", "budget")
+    made_from = select(
+        config, "data", "backbone", "layers", "embedder", "predictor", "adapter", "rank", "budget", "plan"
+    )
     measured = stage_folder(config, "measure") / "layers.json"
-    write_json(path, {**counts, "layers": rows}, config=made_from, inputs=[measured] if measured.exists() else [])
-    _print(layers, plan, counts)
-    Console().print(f"written to {path}", soft_wrap=True)
+    path = stage_folder(config, "plan") / "plan.json"
+    payload = {**counts, "rule": plan.rule if plan is not None else None, "layers": rows, "rules": others}
+    write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
+    _print(layers, rows, others, counts)
+    console.print(f"written to {path}", soft_wrap=True)
 
 
-def _print(layers: list[Layer], plan: RankPlan | None, counts: dict) -> None:
+def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
+    budget = Budget(**plain(config.budget))
+    plans = {}
+    for name in config.plan.rules:
+        if name not in ranks.RULES:
+            raise ValueError(f"plan.rules names {name!r}; the rules are {', '.join(ranks.RULES)}")
+        try:
+            plans[name] = dict(ranks.RULES[name](layers, budget).ranks)
+        except ValueError as error:
+            console.print(f"{name} is left out: {error}", soft_wrap=True, markup=False)
+    return plans
+
+
+def _print(
+    layers: Sequence[Layer],
+    rows: Sequence[Mapping[str, Any]],
+    others: Mapping[str, Mapping[str, int]],
+    counts: Mapping[str, Any],
+) -> None:
     metric = next((name for layer in layers for name in layer.gap), None)
-    table = Table("layer", "d_in × d_out", *([f"gap ({metric})"] if metric else []), "rank", "parameters")
+    table = Table("layer", "d_in × d_out", *([f"gap ({metric})"] if metric else []), "rank", *others, "parameters")
     for column in table.columns[1:]:
         column.justify = "right"
-    for layer in layers:
-        rank = plan.ranks[layer.name] if plan is not None else 0
+    for layer, row in zip(layers, rows, strict=True):
         gap = [f"{layer.gap[metric]['value']:.3f}"] if metric else []
-        table.add_row(layer.name, f"{layer.d_in} × {layer.d_out}", *gap, str(rank), f"{rank * layer.cost:,}")
-    console = Console()
+        beside = [str(plan[layer.name]) for plan in others.values()]
+        shape = f"{layer.d_in} × {layer.d_out}"
+        table.add_row(layer.name, shape, *gap, str(row["rank"]), *beside, f"{row['parameters']:,}")
+    if others:
+        spent = [f"{sum(plan[layer.name] * layer.cost for layer in layers):,}" for plan in others.values()]
+        own = f"{sum(row['parameters'] for row in rows):,}"
+        table.add_section()
+        table.add_row("adapter parameters", "", *([""] if metric else []), own, *spent, "")
     console.print(table)
     trained = counts["trainable_parameters"]
     parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
