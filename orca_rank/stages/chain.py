@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
@@ -15,10 +17,12 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
     for position, stage in enumerate(stages, 1):
         console.rule(f"{position}/{len(stages)} {stage}", align="left")
         importlib.import_module(f"orca_rank.stages.{stage}").run(config)
-    experiment = f"run={config.run}"
+    chosen = [option for option in sys.argv[1:] if not option.startswith(("stage=", "rank=", "rank.", "-"))]
+    same = shlex.join(["python", "-m", "orca_rank", *chosen])
     console.print(
-        f"\nnext: another rank at the same budget, and its place in the report:\n"
-        f"  python -m orca_rank stage=finetune {experiment} rank=uniform rank.r=4\n"
-        f"  python -m orca_rank stage=report {experiment}",
+        f"\nnext: another rule at the same budget, and its place in the report:\n"
+        f"  {same} stage=finetune rank=uniform\n"
+        f"  {same} stage=report",
         soft_wrap=True,
+        markup=False,
     )
