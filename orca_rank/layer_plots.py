@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from orca_rank.plots import BLUE, COLOURS, GREY, INK, SKY, VERMILLION, styled
+from orca_rank.plots import BLUE, COLOURS, GREY, INK, SKY, VERMILLION, Number, styled, words
 
 SIGNIFICANT = 0.05
 _BLOCK = re.compile(r"^(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.(.+)$")
@@ -95,7 +95,7 @@ def gap_figure(targets: Mapping[str, Sequence[Record]]) -> Figure:
                     if metric in by_name.get(place.names[0], {})]  # fmt: skip
             _gap_marks(axis, rows, COLOURS[number % len(COLOURS)], "osD^vPX"[number % 7], target)
         axis.axhline(0, color=INK, linewidth=1.0)
-        axis.set_title(metric.replace("_", " "), pad=18 if axis is axes[0] else 6)
+        axis.set_title(words(metric), pad=18 if axis is axes[0] else 6)
         axis.set_ylabel("gap (no unit)")
     _layer_axis(axes, along)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -131,7 +131,7 @@ def significant(gap: Record) -> bool:
 
 
 @styled()
-def rank_figure(plans: Mapping[str, Mapping[str, int]], gap: Mapping[str, float], metric: str = "") -> Figure:
+def rank_figure(plans: Mapping[str, Mapping[str, int]], gap: Mapping[str, Number], metric: str = "") -> Figure:
     """Rank per layer in network order, one panel a plan, with the gap drawn over it on a second axis.
 
     Args:
@@ -152,7 +152,7 @@ def rank_figure(plans: Mapping[str, Mapping[str, int]], gap: Mapping[str, float]
             other.spines["right"].set(visible=True, color=VERMILLION)
             other.tick_params(axis="y", colors=VERMILLION)
             points = [(place.x, gap[place.names[0]]) for place in along if place.names[0] in gap]
-            label = f"{metric.replace('_', ' ')} gap (right)"
+            label = f"{words(metric)} gap (right)"
             other.plot(
                 *zip(*points, strict=True), color=VERMILLION, marker="o", markersize=3, linewidth=0.9, label=label
             )
@@ -169,7 +169,9 @@ def rank_figure(plans: Mapping[str, Mapping[str, int]], gap: Mapping[str, float]
 
 
 @styled()
-def spectra_figure(spectra: Mapping[str, tuple[Sequence[float], float | None]], title: str, columns: int = 6) -> Figure:
+def spectra_figure(
+    spectra: Mapping[str, tuple[Sequence[Number], Number | None]], title: str, columns: int = 6
+) -> Figure:
     """Singular values of every layer against their null line, small panels in network order.
 
     q, k and v share a panel where their spectra are equal.
@@ -182,7 +184,7 @@ def spectra_figure(spectra: Mapping[str, tuple[Sequence[float], float | None]], 
     rows = -(-len(along) // columns)
     figure = Figure(figsize=(11.0, 1.45 * rows + 0.7), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, place in zip(panels, along, strict=False):
+    for place, axis in zip(along, panels, strict=False):
         values, null = spectra[place.names[0]]
         index = np.arange(1, len(values) + 1)
         above = np.asarray(values) > (null if null is not None else np.inf)
@@ -190,11 +192,8 @@ def spectra_figure(spectra: Mapping[str, tuple[Sequence[float], float | None]], 
         axis.fill_between(index, 0, values, where=above.tolist(), color=SKY, alpha=0.5, linewidth=0)
         if null is not None:
             axis.axhline(null, color=VERMILLION, linewidth=1.1, linestyle="--")
-            axis.annotate(
-                f"{int(above.sum())} above", (0.97, 0.9), xycoords="axes fraction", ha="right", va="top", fontsize=7
-            )
-        place = place_of(name)
-        axis.set_title(f"{place.block} {place.kind}", fontsize=7.5, fontweight="normal")
+        count = f": {int(above.sum())} above" if null is not None else ""
+        axis.set_title(f"{place.block} {place.kind}{count}", fontsize=7.5, fontweight="normal")
         axis.tick_params(labelsize=6.5)
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -207,7 +206,7 @@ def spectra_figure(spectra: Mapping[str, tuple[Sequence[float], float | None]], 
 
 
 @styled()
-def agreement_figure(matrix: Mapping[str, Mapping[str, float]]) -> Figure:
+def agreement_figure(matrix: Mapping[str, Mapping[str, Number]]) -> Figure:
     """Rank correlations between everything that gives one number a layer, as a coloured table.
 
     Args:
@@ -222,7 +221,7 @@ def agreement_figure(matrix: Mapping[str, Mapping[str, float]]) -> Figure:
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 else INK
         axis.annotate(f"{value:+.2f}", (column, row), ha="center", va="center", fontsize=7.5, color=colour)
-    labels = [name.replace("_", " ") for name in names]
+    labels = [words(name) for name in names]
     axis.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(names)), labels)
     axis.grid(visible=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -43,6 +44,8 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+Number = float | int
+_UPPER = ("l2", "mmd", "otdd")
 _NUMBERED = 12  # fine-tunes named in a legend; more are named by their number alone
 
 
@@ -61,7 +64,7 @@ def png(figure: Figure, dpi: int = 150) -> bytes:
 
 @styled()
 def alignment_figure(
-    curve: Sequence[Mapping[str, float]], distances: Mapping[str, Mapping[str, Any]], objective: str = "distance"
+    curve: Sequence[Mapping[str, Number]], distances: Mapping[str, Mapping[str, Any]], objective: str = "distance"
 ) -> Figure:
     """The alignment's objective per epoch, and distances on held-out data before and after.
 
@@ -77,22 +80,24 @@ def alignment_figure(
         axis = axes.pop(0)
         epochs = [row["epoch"] for row in curve]
         axis.plot(epochs, [row["loss"] for row in curve], color=BLUE, marker="o", markersize=3)
-        for row, before in zip(curve[1:], curve, strict=False):
-            if row.get("lr") != before.get("lr"):
-                axis.axvline((row["epoch"] + before["epoch"]) / 2, color=GREY, linewidth=0.8, linestyle=":")
-        axis.set(xlabel="epoch (dotted: learning rate changes)", ylabel=objective, title="objective in training")
+        pairs = pairwise(curve)
+        steps = [row["epoch"] - 0.5 for before, row in pairs if row.get("lr") != before.get("lr")]
+        for step in steps:
+            axis.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
+        note = " (dotted: the learning rate changes)" if steps else ""
+        axis.set(xlabel=f"epoch{note}", ylabel=objective, title="objective in training")
         _whole_epochs(axis)
     for axis, (name, pair) in zip(axes, distances.items(), strict=True):
         for place, (when, colour) in enumerate((("before", GREY), ("after", BLUE))):
             _interval(axis, place, pair[when], colour)
         axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set(xlim=(-0.6, 1.6), ylabel=name, title="held-out data")
+        axis.set(xlim=(-0.5, 1.9), ylabel=name, title="held-out data")
         axis.set_xticks([0, 1], ["before", "after"])
         axis.margins(y=0.15)
     return figure
 
 
-def _interval(axis: Axes, x: float, estimate: Mapping[str, Any], colour: str) -> None:
+def _interval(axis: Axes, x: Number, estimate: Mapping[str, Any], colour: str) -> None:
     value = estimate["value"]
     if estimate.get("low") is not None and estimate.get("high") is not None:
         axis.plot([x, x], [estimate["low"], estimate["high"]], color=colour, linewidth=2.2, alpha=0.55)
@@ -101,7 +106,7 @@ def _interval(axis: Axes, x: float, estimate: Mapping[str, Any], colour: str) ->
 
 
 @styled()
-def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], metric: str, unit: str) -> Figure:
+def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric: str, unit: str) -> Figure:
     """Training loss and validation metric of every fine-tune by epoch.
 
     Args:
@@ -113,7 +118,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], metric:
     for axis, column, label in zip(
         panels, ("train/loss", f"val/{metric}"), ("training loss", _label(metric, unit)), strict=True
     ):
-        values: list[float] = []
+        values: list[Number] = []
         for number, (tag, rows) in enumerate(curves.items()):
             points = [(row["epoch"], row[column]) for row in rows if row.get(column) is not None]
             if not points:
@@ -131,7 +136,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], metric:
 
 @styled()
 def comparison_figure(
-    rows: Sequence[Mapping[str, Any]], metric: str, unit: str, baselines: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]], metric: str, unit: str, baselines: Mapping[str, Number]
 ) -> Figure:
     """Test metric against trainable parameters, one point a fine-tune, numbered as `rows` are.
 
@@ -204,7 +209,7 @@ def gallery_figure(
     inputs: Float[np.ndarray, "n h w"],
     targets: Float[np.ndarray, "n hh ww"],
     predictions: Float[np.ndarray, "n hh ww"],
-    errors: Sequence[float],
+    errors: Sequence[Number],
     input_label: str,
 ) -> Figure:
     """Input, target, prediction and their difference, one row a test sample.
@@ -238,8 +243,13 @@ def gallery_figure(
     return figure
 
 
+def words(name: str) -> str:
+    """A metric's name as a reader writes it: relative_l2 -> relative L2."""
+    return " ".join(part.upper() if part in _UPPER else part for part in name.replace("_", " ").split())
+
+
 def _label(metric: str, unit: str) -> str:
-    return f"{metric.replace('_', ' ')}\n({unit})"
+    return f"{words(metric)}\n({unit})"
 
 
 def _line(number: int) -> dict[str, Any]:
@@ -248,7 +258,7 @@ def _line(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes[number // len(COLOURS) % len(dashes)]}
 
 
-def _baselines(axis: Axes, baselines: Mapping[str, float]) -> None:
+def _baselines(axis: Axes, baselines: Mapping[str, Number]) -> None:
     for number, (name, value) in enumerate(baselines.items()):
         axis.axhline(value, color=INK, linewidth=1.1, linestyle=("--", ":")[number % 2])
         axis.annotate(
@@ -263,7 +273,7 @@ def _legend(figure: Figure, axis: Axes, count: int) -> None:
         figure.legend(handles, labels, loc="outside lower left", ncols=2)
 
 
-def _log_if_wide(axis: Axes, values: Sequence[float]) -> None:
+def _log_if_wide(axis: Axes, values: Sequence[Number]) -> None:
     """A logarithmic axis where positive values span more than a factor of 20."""
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axis.set_yscale("log")

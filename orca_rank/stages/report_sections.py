@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from orca_rank.layer_plots import agreement_figure, gap_figure, rank_figure, significant, spectra_figure
-from orca_rank.plots import alignment_figure, comparison_figure, learning_curves, parts_figure
+from orca_rank.plots import Number, alignment_figure, comparison_figure, learning_curves, parts_figure, words
 from orca_rank.stages.report_page import Page, cell
 from orca_rank.stages.run_folder import PARTS, Record, RunFolder, Tune, budget_text, summary
 
@@ -27,7 +27,7 @@ def overview(page: Page, run: RunFolder) -> None:
     cards = []
     if run.tunes:
         best = run.tunes[0]
-        cards.append((f"test {_words(best.metric)}, fine-tune of the best validation", cell(best.test), best.tag))
+        cards.append((f"test {words(best.metric)}, fine-tune of the best validation", cell(best.test), best.tag))
         cards.append(
             (
                 "parameters trained by it",
@@ -38,12 +38,12 @@ def overview(page: Page, run: RunFolder) -> None:
     if run.align:
         for name, pair in list(run.align["distances"].items())[:1]:
             change = f"{cell(pair['before']['value'])} → {cell(pair['after']['value'])}"
-            cards.append((f"{name} to the source, held-out data", change, "before and after alignment"))
+            cards.append((f"{words(name)} to the source, held-out data", change, "before and after alignment"))
     if run.layers and (metric := _first_metric(run.layers)):
         gaps = _gaps(run.layers, metric)
         found = sum(significant(gap) for gap in gaps.values())
         cards.append(
-            (f"layers whose {_words(metric)} gap has p < 0.05", f"{found} of {len(gaps)}", _p_note(gaps.values()))
+            (f"layers whose {words(metric)} gap has p < 0.05", f"{found} of {len(gaps)}", _p_note(gaps.values()))
         )
     page.cards(cards)
     if run.missing:
@@ -59,13 +59,13 @@ def alignment(page: Page, run: RunFolder) -> None:
     distances = run.align["distances"]
     labels = {_DISTANCES.get(name, name): pair for name, pair in distances.items()}
     sentences = [
-        f"{name}: {_estimate(pair['before'])} before, {_estimate(pair['after'])} after"
+        f"{words(name)} {_estimate(pair['before'])} before, {_estimate(pair['after'])} after"
         for name, pair in distances.items()
     ]
     caption = (
-        f"Objective {run.align['objective']}, {run.align.get('epochs', len(run.alignment))} epochs. Distance between "
-        f"source features and features of held-out target images (square brackets: interval): {'; '.join(sentences)}. "
-        f"The panels have different scales."
+        f"Objective {words(run.align['objective'])}, {run.align.get('epochs', len(run.alignment))} epochs. Distance "
+        f"between source features and features of held-out target images (in brackets: 90 % interval from "
+        f"half-samples): {'; '.join(sentences)}. The panels have different scales."
     )
     page.figure("alignment", alignment_figure(run.alignment, labels, f"{run.align['objective']} (training)"), caption)
 
@@ -79,7 +79,7 @@ def gaps(page: Page, run: RunFolder) -> None:
         "gaps",
         gap_figure({name: payload["layers"] for name, payload in targets.items()}),
         f"Calibrated distance between what the source and a target send into every layer; 0 is what two halves of the "
-        f"same data would give. Bars are the stored intervals; filled marks have p < 0.05 "
+        f"same data would give. Bars are 95 % bootstrap intervals; filled marks have p < 0.05 "
         f"({_p_note(_gaps(run.layers, first).values())}). Layers that read the same input share a mark.",
     )
     rows: list[Record] = []
@@ -91,7 +91,7 @@ def gaps(page: Page, run: RunFolder) -> None:
             rows.append(
                 {
                     "target": name,
-                    "metric": _words(metric),
+                    "metric": words(metric),
                     "layers": len(gap),
                     "p < 0.05": sum(significant(one) for one in gap.values()),
                     "median gap": float(median(values)),
@@ -101,10 +101,11 @@ def gaps(page: Page, run: RunFolder) -> None:
                 }
             )
     page.table(rows, "ρ: Spearman's rank correlation of the gap with the layer's place in the network")
-    if run.compare:
+    embedder = run.layers.get("config", {}).get("embedder") or {}
+    if run.compare and embedder.get("aligned"):
         page.text(
-            "Further targets pass through the embedder's initialisation; the run's own target passes through the "
-            "embedder that measuring was configured with."
+            f"The run's own target passes through the aligned embedder; {', '.join(run.compare)} through an embedder "
+            f"as it was initialised, without alignment. Their gaps differ for that reason too."
         )
     agreement = run.layers.get("agreement") or {}
     if len(agreement) > 2:
@@ -152,7 +153,7 @@ def ranks(page: Page, run: RunFolder) -> None:
         rows.append(row)
     rules = dict(plans)
     shown = {_plan_title(titles, rules[titles[0]]): dict(chosen) for chosen, titles in list(groups.items())[:_PLANS]}
-    over = f" The line is the calibrated {_words(metric)} gap." if known and metric else ""
+    over = f" The line is the calibrated {words(metric)} gap." if known and metric else ""
     more = f" {len(groups) - _PLANS} more plans are in the table only." if len(groups) > _PLANS else ""
     page.figure(
         "ranks", rank_figure(shown, known, metric or ""), f"Rank per layer of every plan in this run.{over}{more}"
@@ -203,7 +204,7 @@ def finetunes(page: Page, run: RunFolder, baselines: Mapping[str, float]) -> Non
 
 
 def _finetunes(page: Page, tunes: Sequence[Tune], metric: str, baselines: Mapping[str, float]) -> None:
-    rows, unit, words = summary(tunes), tunes[0].task.metric_unit, _words(metric)
+    rows, unit, called = summary(tunes), tunes[0].task.metric_unit, words(metric)
     best = tunes[0]
     table = [
         {
@@ -214,21 +215,21 @@ def _finetunes(page: Page, tunes: Sequence[Tune], metric: str, baselines: Mappin
             "budget": row["budget"],
             "seed": row["seed"],
             "trainable": row["trainable_total"],
-            f"val {words}": row["val"],
-            f"test {words}": row["test"],
+            f"val {called}": row["val"],
+            f"test {called}": row["test"],
             "epochs": row["epochs"],
             "seconds": row["seconds"],
         }
         for number, row in enumerate(rows, 1)
     ]
-    page.table(table, f"Sorted by validation {words} ({unit}; lower is better)")
+    page.table(table, f"Sorted by validation {called} ({unit}; lower is better)")
     lines = "".join(f" {name[0].upper()}{name[1:]}: {cell(value)}." for name, value in baselines.items())
     seeds = len({row["seed"] for row in rows})
     page.figure(
         f"comparison_{metric}",
         comparison_figure(rows, metric, unit, baselines),
-        f"Test {words} against trainable parameters, numbered as in the table. The best validation {words}, "
-        f"{cell(best.val)}, is {best.tag}'s; its test {words} is {cell(best.test)}.{lines} "
+        f"Test {called} against trainable parameters, numbered as in the table. The best validation {called}, "
+        f"{cell(best.val)}, is {best.tag}'s; its test {called} is {cell(best.test)}.{lines} "
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'}: the spread between seeds is "
         f"{'not known' if seeds == 1 else 'between points of one adapter and rule'}.",
     )
@@ -237,7 +238,7 @@ def _finetunes(page: Page, tunes: Sequence[Tune], metric: str, baselines: Mappin
         page.figure(
             f"curves_{metric}",
             learning_curves(curves, metric, unit),
-            f"Training loss and validation {words} by epoch. Each fine-tune is tested at its best validation epoch.",
+            f"Training loss and validation {called} by epoch. Each fine-tune is tested at its best validation epoch.",
         )
 
 
@@ -254,7 +255,7 @@ def _layer_rows(run: RunFolder) -> list[Record]:
     for layer in run.layers["layers"] if run.layers else []:
         row = {"layer": layer["name"], "d_in × d_out": f"{layer['d_in']} × {layer['d_out']}"}
         for metric, gap in layer["gap"].items():
-            row |= {f"{_words(metric)} gap": _estimate(gap), "p": gap.get("p_family", gap.get("p"))}
+            row |= {f"{words(metric)} gap": _estimate(gap), f"p ({words(metric)})": gap.get("p_family", gap.get("p"))}
         rows.append(row | ({"rank": chosen[layer["name"]]} if layer["name"] in chosen else {}))
     return rows
 
@@ -288,11 +289,7 @@ def _estimate(estimate: Mapping[str, Any]) -> str:
     return f"{cell(estimate['value'])} [{cell(estimate['low'])}, {cell(estimate['high'])}]"
 
 
-def _spearman(x: Sequence[float], y: Sequence[float]) -> float | str:
+def _spearman(x: Sequence[Number], y: Sequence[Number]) -> float | str:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return ""
     return float(spearmanr(list(x), list(y)).statistic)
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")

@@ -1,0 +1,283 @@
+"""stage=report on run folders made by hand: what is there is shown, what is missing is named with its command."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from orca_rank.artifacts import write_csv, write_json
+from orca_rank.data.darcy import Darcy
+from orca_rank.stages import report
+from orca_rank.stages.report_page import Page, cell
+from orca_rank.stages.run_folder import read_run, summary
+from orca_rank.task import Task
+
+COLUMNS = [
+    "tag", "adapter", "rule", "budget", "mean_rank", "seed", "trainable_total", "trainable_adapter",
+    "trainable_embedder", "trainable_predictor", "trainable_other", "total_parameters", "metric", "val", "test",
+    "seconds", "epochs", "data", "backbone",
+]  # fmt: skip
+NAMES = [
+    f"layers.{s}.blocks.0.{kind}" for s in range(2) for kind in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")
+]
+
+
+def layers(scale: float) -> list[dict[str, Any]]:
+    def gap(i: int) -> dict[str, Any]:
+        value = scale * (1 + i)
+        return {"value": value, "low": value - 0.1, "high": value + 0.1, "p": 0.01 if i % 2 else 0.2, "p_family": None}
+
+    spectrum = {"singular_values": [3.0, 1.0], "null": 2.0, "energy": 10.0, "rank": 1}
+    return [
+        {"name": name, "d_in": 8, "d_out": 8, "gap": {"mmd": gap(i), "sliced": gap(i)}, "ot_map": spectrum}
+        for i, name in enumerate(NAMES)
+    ]
+
+
+def align(run: Path) -> None:
+    pair = {"before": {"value": 3.25, "low": 3.0, "high": 3.5}, "after": {"value": 1.75, "low": 1.5, "high": 2.0}}
+    payload = {"objective": "otdd", "distances": {"otdd": pair}, "epochs": 2, "seconds": 1.0}
+    write_json(run / "align/metrics.json", payload, config={"data": {"_target_": "a.b.Far"}})
+    write_csv(run / "align/curve.csv", [{"epoch": i, "loss": 3.0 - i, "lr": 0.1} for i in range(2)])
+
+
+def measure(run: Path) -> None:
+    agreement = {a: {b: 1.0 for b in ("depth", "mmd gap", "stable rank")} for a in ("depth", "mmd gap", "stable rank")}
+    config = {"data": {"_target_": "a.b.Far"}, "embedder": {"aligned": True}}
+    write_json(run / "measure/layers.json", {"layers": layers(1.0), "agreement": agreement}, config=config)
+    write_json(run / "measure/compare/near.json", {"name": "near", "layers": layers(0.1)})
+    write_json(run / "measure/ranks.json", plan("proportional", range(8)), inputs=[run / "measure/layers.json"])
+
+
+def plan(rule: str, ranks: Any) -> dict[str, Any]:
+    options = {"metric": "mmd"} if rule == "proportional" else {}
+    budget = {"mean_rank": 4, "total_rank": None, "parameters": None, "r_min": 0, "r_max": None}
+    return {"rule": rule, "budget": budget, "options": options, "ranks": dict(zip(NAMES, ranks, strict=True))}
+
+
+def counts(run: Path) -> None:
+    trainable = {"total": 700, "adapter": 500, "embedder": 100, "predictor": 100, "other": 0}
+    write_json(run / "plan/plan.json", {"trainable_parameters": trainable, "total_parameters": 9000, "layers": []})
+
+
+def finetune(run: Path, tag: str, val: float, metric: str = "error", data: dict[str, Any] | None = None) -> None:
+    dense = metric == "relative_l2"
+    task = {
+        "kind": "dense" if dense else "classification",
+        "input_shape": [3, 8, 8] if dense else [1, 8, 8],
+        "output_shape": [1, 8, 8] if dense else [10],
+    }
+    payload = {
+        f"val/{metric}": val, f"test/{metric}": val + 0.0625, "metric": metric, "task": task, "seconds": 2.5,
+        "epochs": 3,
+        "trainable_parameters": {"total": 321, "adapter": 300, "embedder": 0, "predictor": 21, "other": 0},
+        "total_parameters": 9000,
+    }  # fmt: skip
+    config = {"adapter": {"name": "lora"}, "seed": 7, "data": data or {"_target_": "a.b.Far"}}
+    config["backbone"] = {"name": "swin"}
+    folder = run / "finetune" / tag
+    write_json(folder / "metrics.json", payload, config=config)
+    write_json(folder / "ranks.json", plan("uniform", [4] * 8))
+    rows = [{"epoch": i, "lr": 0.1, "train/loss": 2.0 - i, f"val/{metric}": val} for i in range(2)]
+    write_csv(folder / "curve.csv", rows)
+
+
+@pytest.fixture
+def config(composed: Callable[..., DictConfig]) -> DictConfig:
+    return composed("stage=report", "run=mine")
+
+
+@pytest.fixture
+def run(config: DictConfig) -> Path:
+    return Path(config.paths.runs) / "mine"
+
+
+def page(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def images(text: str) -> list[bytes]:
+    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
+
+
+def test_a_whole_run_makes_one_self_contained_page(config: DictConfig, run: Path) -> None:
+    for make in (align, measure, counts):
+        make(run)
+    finetune(run, "second", 0.5)
+    finetune(run, "first", 0.25)
+    report.run(config)
+    text = page(run)
+
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,|#)', text)
+    assert "http" not in text and "<script" not in text and "@import" not in text and "url(" not in text
+    embedded, files = images(text), sorted((run / "report").glob("*.png"))
+    assert all(data.startswith(b"\x89PNG") for data in embedded)
+    assert {path.read_bytes() for path in files} == set(embedded)
+    names = {path.stem for path in files}
+    assert names == {
+        "alignment", "gaps", "agreement", "spectra_ot_map", "ranks", "parameters", "comparison_error", "curves_error",
+    }  # fmt: skip
+    assert set(re.findall(r'href="#(\w+)"', text)) == set(re.findall(r'id="(\w+)"', text))
+
+    plain = re.sub(r'src="data[^"]*"', "", text)
+    for said in ("3.25 [3, 3.5]", "1.75 [1.5, 2]", "4 of 8", "first", "0.3125", "321", "700", "9,000", "near"):
+        assert said in plain, said
+    assert "Not there yet" not in plain
+    assert plain.index("<td>first</td>") < plain.index("<td>second</td>")  # sorted by validation
+
+
+def test_summary_has_one_row_a_fine_tune(config: DictConfig, run: Path) -> None:
+    finetune(run, "b", 0.5)
+    finetune(run, "a", 0.25)
+    report.run(config)
+    with open(run / "summary.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == COLUMNS
+    assert [row["tag"] for row in rows] == ["a", "b"]
+    assert rows[0] | {"tag": ""} == {
+        "tag": "", "adapter": "lora", "rule": "uniform", "budget": "mean_rank=4", "mean_rank": "4.0", "seed": "7",
+        "trainable_total": "321", "trainable_adapter": "300", "trainable_embedder": "0", "trainable_predictor": "21",
+        "trainable_other": "0", "total_parameters": "9000", "metric": "error", "val": "0.25", "test": "0.3125",
+        "seconds": "2.5", "epochs": "3", "data": "a.b.Far", "backbone": "swin",
+    }  # fmt: skip
+
+
+def test_an_empty_run_is_an_error_that_names_the_command(config: DictConfig) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing to report: run `python -m orca_rank stage=all run=mine"):
+        report.run(config)
+    assert not (Path(config.paths.runs) / "mine").exists()
+
+
+@pytest.mark.parametrize("make", [align, measure, counts])
+def test_what_is_missing_is_named_with_its_command(
+    config: DictConfig, run: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture
+) -> None:
+    make(run)
+    report.run(config)
+    text, printed = page(run), capsys.readouterr().out
+    made = {align: "align", measure: "measure", counts: "plan"}[make]
+    assert not (run / "summary.csv").exists()
+    for stage in ("align", "measure", "plan", "finetune"):
+        command = f"python -m orca_rank stage={stage} run=mine paths.runs={config.paths.runs}"
+        assert (command in text) == (stage != made)
+        assert (command in printed) == (stage != made)
+
+
+def test_an_unfinished_fine_tune_is_named(config: DictConfig, run: Path) -> None:
+    counts(run)
+    (run / "finetune/half").mkdir(parents=True)
+    report.run(config)
+    assert "the fine-tune half, started but not finished" in page(run)
+
+
+def test_names_are_escaped(config: DictConfig, run: Path) -> None:
+    finetune(run, "<b>&x", 0.25)
+    report.run(config)
+    assert "&lt;b&gt;&amp;x" in page(run) and "<b>&x" not in page(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("measure/layers.json", "{", r"layers\.json is damaged .* stage=measure run=mine .*force=true"),
+        ("measure/layers.json", '{"schema": 1}', r"layers\.json lacks layers: run .*stage=measure"),
+        ("measure/ranks.json", '{"schema": 0}', r"ranks\.json has schema 0.*stage=measure"),
+        ("align/curve.csv", "epoch,loss\n0,high\n", r"curve\.csv is damaged .*stage=align"),
+        ("align/curve.csv", "epoch\n0\n", r"curve\.csv lacks loss: .*stage=align"),
+        ("finetune/one/metrics.json", '{"schema": 1, "metric": "error"}', r"metrics\.json lacks task.*stage=finetune"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_the_command(
+    config: DictConfig, run: Path, name: str, content: str, message: str
+) -> None:
+    align(run)
+    measure(run)
+    finetune(run, "one", 0.25)
+    (run / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report.run(config)
+    assert not (run / "report.html").exists()
+
+
+def test_a_plan_older_than_its_measurement_is_pointed_out(config: DictConfig, run: Path) -> None:
+    measure(run)
+    write_json(run / "measure/layers.json", {"layers": layers(2.0)})
+    report.run(config)
+    assert "layers.json changed after" in page(run)
+
+
+def test_a_figure_that_is_no_longer_made_is_removed(config: DictConfig, run: Path) -> None:
+    counts(run)
+    (run / "report").mkdir()
+    (run / "report/old.png").write_bytes(b"")
+    report.run(config)
+    assert [path.name for path in (run / "report").iterdir()] == ["parameters.png"]
+
+
+def test_a_gallery_is_left_out_where_the_data_cannot_be_had(
+    config: DictConfig, run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    data = {"_target_": "orca_rank.data.darcy.Darcy", "source": "mat", "cache": "c", "root": "no-such-folder"}
+    finetune(run, "one", 0.25, "relative_l2", data)
+    report.run(config)
+    assert "no gallery of predictions" in capsys.readouterr().out
+    assert "relative L2" in page(run)
+
+
+class FirstChannel(nn.Module):
+    """A fitted model that predicts its input's first channel plus one."""
+
+    task = Task("dense", (3, 8, 8), (1, 8, 8))
+
+    @staticmethod
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1] + 1
+
+
+def test_gallery_and_baselines_of_darcy(
+    config: DictConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"cache": str(tmp_path), "train": 6, "test": 5, "grid": 15, "stride": 2, "workers": 1, "batch_size": 5}
+    finetune(run, "one", 0.25, "relative_l2", {"_target_": "orca_rank.data.darcy.Darcy", **options})
+    monkeypatch.setattr(report, "load", lambda folder, tag: FirstChannel())
+    config.data.cache = str(tmp_path)
+    report.run(config)
+    assert (run / "report/predictions.png").exists()
+    assert "Solver on the coarse grid" in page(run) and "repeated to the fine grid" in page(run)
+
+    data = Darcy(**options)
+    gallery = report._gallery(run, read_run(config).tunes[0], data)
+    x, _ = next(iter(data.test_dataloader()))
+    assert gallery.inputs.shape == (4, 8, 8) and set(np.unique(gallery.inputs)) <= {3.0, 12.0}
+    assert np.array_equal(gallery.predictions, x[:4, 0].numpy() + 1)
+    assert np.array_equal(gallery.targets, data.arrays("test").solution[:4])
+
+    monkeypatch.setattr(report, "classical_baseline", lambda *_: pytest.fail("computed again"))
+    again = report._baselines(config, run / "report/baseline.json", data)  # read back
+    assert len(again) == 2 and all(0 < value < 1 for value in again.values())
+
+
+def test_summary_of_full_fine_tuning_has_no_plan(config: DictConfig, run: Path) -> None:
+    finetune(run, "full", 0.25)
+    (run / "finetune/full/ranks.json").unlink()
+    (row,) = summary(read_run(config).tunes)
+    assert (row["rule"], row["budget"], row["mean_rank"]) == ("", "", "")
+
+
+def test_page_marks_numbers_and_folds() -> None:
+    made = Page("t", "l")
+    made.table([{"a": 1234567, "b": "x"}, {"a": 0.123456, "b": 2}], folded="more")
+    text = made.html()
+    assert '<td class="number">1,234,567</td><td>x</td>' in text and '<td class="number">0.1235</td>' in text
+    assert "<details><summary>more</summary>" in text
+    assert [cell(value) for value in (None, True, 12345.6, -0.5, "a")] == ["", "True", "12,346", "-0.5", "a"]
