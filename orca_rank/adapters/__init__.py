@@ -1,7 +1,9 @@
 """Adapters for the Linears of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
 
 from orca_rank.adapters.blocks import set_memory
+from orca_rank.adapters.bottleneck import Bottleneck
 from orca_rank.adapters.dylora import DyLoRA, cut, evaluate_ranks, set_rank
+from orca_rank.adapters.gated import GatedLoRA, prune
 from orca_rank.adapters.inject import (
     adapter_state_dict,
     describe,
@@ -14,14 +16,23 @@ from orca_rank.adapters.inject import (
 )
 from orca_rank.adapters.linear import AdaptedLinear, adapted, adapters
 from orca_rank.adapters.lora import LoRA, NotExpressible
+from orca_rank.adapters.mixers import MoSLoRA, TwoSubspaces
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter_groups
+from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
     "AdaptedLinear",
+    "Additive",
+    "Bottleneck",
+    "DeltaLoRA",
     "DyLoRA",
+    "GatedLoRA",
     "LoRA",
+    "MoSLoRA",
     "NotExpressible",
+    "ReRandomised",
+    "TwoSubspaces",
     "adapted",
     "adapter_state_dict",
     "adapters",
@@ -36,6 +47,7 @@ __all__ = [
     "load_peft",
     "merge",
     "parameter_groups",
+    "prune",
     "save_peft",
     "set_memory",
     "set_rank",

@@ -1,0 +1,38 @@
+"""A bottleneck adapter: the non-linear baseline outside the LoRA family."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from orca_rank.adapters.lora import LoRA, NotExpressible
+
+
+class Bottleneck(LoRA):
+    """y = W₀x + s B GELU(A x): a parallel adapter (He et al. 2022), r (d_in + d_out) parameters as LoRA of rank r.
+
+    B = 0 makes it the identity at the start. It is not linear in x, so it cannot be merged.
+
+    Raises:
+        ValueError: for an initialisation whose offset belongs to a linear map.
+    """
+
+    low_rank = False
+
+    def __init__(
+        self, weight: Float[Tensor, "d_out d_in"], rank: int, *, init: str = "kaiming", **options: Any
+    ) -> None:
+        super().__init__(weight, rank, init=init, **options)
+        if init in ("pissa", "symmetric"):
+            raise ValueError(f"{self.name}: a bottleneck cannot start from {init}, which belongs to a linear map")
+
+    def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
+        hidden = F.gelu(F.linear(x, self.lora_A.to(x.dtype)))  # (..., r)
+        return F.linear(hidden, (self.scale * self.lora_B).to(x.dtype))
+
+    def delta_weight(self) -> Tensor:
+        raise ValueError(f"{self.name}: a bottleneck is not linear in x, so it has no ΔW to merge")
+
+    def plain(self) -> tuple[Tensor, Tensor, float]:
+        raise NotExpressible(f"{self.name}: a bottleneck is not linear in x, so no LoRA equals it")

@@ -1,0 +1,397 @@
+"""Each variant against its own algebra; what all of them share is tested on all of them."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from orca_rank.adapters import (
+    Additive,
+    Bottleneck,
+    DeltaLoRA,
+    DyLoRA,
+    GatedLoRA,
+    LoRA,
+    MoSLoRA,
+    NotExpressible,
+    ReRandomised,
+    TwoSubspaces,
+    adapter_state_dict,
+    adapters,
+    begin_step,
+    end_step,
+    extra_loss,
+    inject,
+    load_adapter_state_dict,
+    load_peft,
+    merge,
+    parameter_groups,
+    prune,
+    save_peft,
+    set_memory,
+    unmerge,
+)
+from orca_rank.adapters.gated import kumaraswamy_to_beta
+
+VARIANTS = {
+    "lora": LoRA,
+    "symmetric": partial(LoRA, init="symmetric"),
+    "fa": partial(LoRA, frozen="A"),
+    "fb": partial(LoRA, frozen="B"),
+    "dylora": DyLoRA,
+    "moslora": MoSLoRA,
+    "moslora_orthogonal": partial(MoSLoRA, mixer="orthogonal"),
+    "two_subspaces": TwoSubspaces,
+    "delta": partial(DeltaLoRA, start=1),
+    "additive": Additive,
+    "rerandomised": ReRandomised,
+    "gated": GatedLoRA,
+    "bottleneck": Bottleneck,
+}
+X = torch.linspace(-1, 1, 10 * 12, dtype=torch.float64).reshape(10, 12).mul(3).sin()
+PLAN = {"0.q": 4, "0.v": 4, "2": 4}
+
+
+def toy() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 36), nn.GELU(), nn.Linear(36, 8)).double()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def make(variant, plan=None, memory="lean"):
+    model = toy()
+    return model, inject(model, plan or PLAN, VARIANTS.get(variant, variant), generator=generator(5), memory=memory)
+
+
+def train(model, steps=3, lr=1e-2, optimiser=torch.optim.SGD):
+    opt = optimiser(parameter_groups(model, lr=lr))
+    draws = generator(9)
+    for _ in range(steps):
+        begin_step(model, draws)
+        (model(X).square().mean() + extra_loss(model)).backward()
+        opt.step()
+        opt.zero_grad()
+        end_step(model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_identity_at_the_start(variant):
+    model, _ = make(variant)
+    begin_step(model, generator())
+    assert torch.allclose(model(X), toy()(X), atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trains_and_only_what_it_declares(variant):
+    model, _ = make(variant)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = model(X).square().mean()
+    train(model, steps=20)
+    assert model(X).square().mean() < before
+    assert all(torch.equal(model.get_parameter(n), value) for n, value in frozen.items())
+    assert all(p.requires_grad == (n not in frozen) for n, p in model.named_parameters())
+    assert any(n.endswith("lora_A") for n in frozen) == (variant == "fa")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_lean_and_plain_agree(variant):
+    grads = []
+    for memory in ("plain", "lean"):
+        model, _ = make(variant, memory=memory)
+        train(model)
+        begin_step(model, generator(1))
+        model(X).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "bottleneck"])
+def test_merged_equals_unmerged_and_files_come_back(variant, tmp_path):
+    model, _ = make(variant)
+    base = {n: p.clone() for n, p in model.named_parameters() if "branches" not in n}
+    train(model, steps=4)
+    model.eval()
+    expected = model(X)
+    assert not torch.allclose(expected, toy()(X), atol=1e-4)
+    merge(model)
+    assert torch.allclose(model(X), expected, atol=1e-10)
+    unmerge(model)
+    assert all(torch.equal(model.get_parameter(n), value) for n, value in base.items())
+    other, _ = make(variant)
+    load_adapter_state_dict(other, adapter_state_dict(model))
+    assert torch.allclose(other.eval()(X), expected, atol=1e-12)
+    if variant == "rerandomised":
+        with pytest.raises(NotExpressible, match="full rank"):
+            save_peft(model, tmp_path)
+        return
+    save_peft(model, tmp_path)
+    bare = toy()
+    load_peft(bare, tmp_path)
+    assert torch.allclose(bare(X), expected, atol=1e-5)
+
+
+def test_bottleneck_is_not_linear():
+    model, found = make("bottleneck")
+    assert sum(p.numel() for p in found["2"].parameters()) == 4 * (36 + 8)
+    with pytest.raises(ValueError, match="not linear"):
+        merge(model)
+    with pytest.raises(NotExpressible, match="no LoRA"):
+        found["2"].plain()
+
+
+def test_a_fixed_orthogonal_mixer_trains_as_lora_with_mixed_a():
+    """Seed: appendix A.4 of MoSLoRA, with several steps of SGD; a learning mixer departs."""
+    outputs = {}
+    for fixed in (True, False):
+        model, found = make(partial(MoSLoRA, mixer="orthogonal", fixed=fixed))
+        other, plain = make("lora")
+        for name, adapter in found.items():
+            plain[name].lora_A.data = (adapter.mixer @ adapter.lora_A).detach()
+        train(model, steps=10, lr=0.1)
+        train(other, steps=10, lr=0.1)
+        outputs[fixed] = float((model(X) - other(X)).detach().abs().max())
+    assert outputs[True] < 1e-10 < outputs[False]
+
+
+def test_a_zero_mixer_has_no_gradient_and_is_refused():
+    model, found = make("moslora")
+    with torch.no_grad():
+        found["2"].mixer.zero_()
+    model(X).sum().backward()
+    assert all(float(p.grad.abs().sum()) == 0 for p in found["2"].parameters())
+    with pytest.raises(ValueError, match="never trains"):
+        make(partial(MoSLoRA, mixer="zero"))
+    for options in ({"mixer": "x"}, {"mixer": "normal", "fixed": True}, {"init": "pissa"}):
+        with pytest.raises(ValueError):
+            make(partial(MoSLoRA, **options))
+
+
+def test_mixer_initialisations():
+    for mixer in ("kaiming", "orthogonal", "normal", "identity"):
+        m = MoSLoRA(torch.zeros(40, 50), 32, mixer=mixer, generator=generator()).mixer.detach()
+        if mixer == "identity":
+            assert torch.equal(m, torch.eye(32))
+        elif mixer == "orthogonal":
+            assert torch.allclose(m @ m.T, torch.eye(32), atol=1e-5)
+        else:
+            spread = (1 / 32) ** 0.5 * (1 if mixer == "normal" else 3**-0.5)
+            assert float(m.std()) == pytest.approx(spread, rel=0.1)
+
+
+def test_two_subspaces_is_the_butterfly_mixer():
+    _, found = make("two_subspaces")
+    nn.init.normal_(found["2"].lora_B)
+    adapter = found["2"]
+    eye = torch.eye(2).double()
+    butterfly = torch.cat([torch.cat([eye, eye], 1), torch.cat([eye, eye], 1)])
+    assert torch.allclose(adapter.delta_weight(), adapter.scale * adapter.lora_B @ butterfly @ adapter.lora_A)
+    assert int(torch.linalg.matrix_rank(adapter.delta_weight())) == 2
+    with pytest.raises(ValueError, match="even"):
+        make("two_subspaces", {"2": 3})
+
+
+def linear_problem():
+    """Least squares from whitened-free inputs: x (200, 6), W* (4, 6), Σ = xᵀx/n."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 6).double() @ torch.randn(6, 6).double()
+    w = torch.randn(4, 6).double()
+    return x, w, x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("frozen", ["A", "B"])
+def test_optimum_with_one_factor_frozen(frozen):
+    """Seed: B* = W* Σ A₀ᵀ (A₀ Σ A₀ᵀ)⁻¹ for LoRA-FA, and A* = (B₀ᵀB₀)⁻¹ B₀ᵀ W* for LoRA-FB (B₀ᵀW* if orthonormal)."""
+    x, w, sigma = linear_problem()
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).double()
+    nn.init.zeros_(model[0].weight)
+    adapter = inject(model, {"0": 2}, partial(LoRA, alpha=2, frozen=frozen))["0"]
+    if frozen == "B":
+        nn.init.orthogonal_(adapter.lora_B.data)
+    opt = torch.optim.LBFGS([p for p in adapter.parameters() if p.requires_grad], max_iter=200, tolerance_grad=1e-12)
+
+    def loss():
+        opt.zero_grad()
+        value = (model(x) - x @ w.T).square().mean()
+        value.backward()
+        return value
+
+    for _ in range(5):
+        opt.step(loss)
+    if frozen == "A":
+        a = adapter.lora_A
+        assert torch.allclose(adapter.lora_B, w @ sigma @ a.T @ torch.linalg.inv(a @ sigma @ a.T), atol=1e-5)
+    else:
+        assert torch.allclose(adapter.lora_A, adapter.lora_B.T @ w, atol=1e-5)
+
+
+def test_the_two_formulations_have_the_same_gradients():
+    """Seed: through x(W₀ + AB), ∂A = (xᵀδ)Bᵀ and ∂B = Aᵀ(xᵀδ); through xW₀ + (xA)B the same at O(r) cost."""
+    model, found = make("lora", {"2": 3})
+    adapter = found["2"]
+    nn.init.normal_(adapter.lora_B)
+    h = model[1](model[0](X)).detach()
+    y = model[2](h)
+    y.square().sum().backward()
+    full = (2 * y).detach().T @ h  # ∂L/∂W
+    assert torch.allclose(adapter.lora_A.grad, adapter.scale * adapter.lora_B.T @ full)
+    assert torch.allclose(adapter.lora_B.grad, adapter.scale * full @ adapter.lora_A.T)
+
+
+def test_delta_lora_drift_is_the_products_change():
+    """W ← W + λ s (B⁺A⁺ − BA) summed by hand, from step K on."""
+    model, found = make(partial(DeltaLoRA, start=2, ratio=0.5), {"2": 3})
+    adapter = found["2"]
+    opt = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    drift = torch.zeros(8, 36).double()
+    for step in range(6):
+        before = (adapter.lora_B @ adapter.lora_A).detach()
+        model(X).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+        end_step(model)
+        if step >= 2:
+            drift += 0.5 * adapter.scale * ((adapter.lora_B @ adapter.lora_A).detach() - before)
+        offset = adapter.offset()
+        assert torch.allclose(drift, torch.zeros_like(drift) if offset is None else offset, atol=1e-12)
+    assert drift.abs().max() > 1e-4
+
+
+def test_delta_lora_from_the_first_step_is_lora_with_a_larger_alpha():
+    """K = 0, B₀ = 0 and Adam, which a constant factor in the gradient does not change."""
+    delta, _ = make(partial(DeltaLoRA, start=0, ratio=0.5, alpha=4))
+    lora, _ = make(partial(LoRA, alpha=6))
+    for model in (delta, lora):
+        train(model, steps=5, optimiser=partial(torch.optim.Adam, eps=1e-30))
+    assert torch.allclose(delta(X), lora(X), atol=1e-8)
+
+
+def test_delta_lora_refusals():
+    for options in ({"dropout": 0.1}, {"start": -1}, {"init": "symmetric"}):
+        with pytest.raises(ValueError):
+            make(partial(DeltaLoRA, **options))
+
+
+def test_additive_rank_one_is_rows_plus_columns():
+    _, found = make(partial(Additive, alpha=1), {"2": 1})
+    adapter = found["2"]
+    nn.init.normal_(adapter.lora_A)
+    nn.init.normal_(adapter.lora_B)
+    expected = adapter.lora_B.expand(8, 36) + adapter.lora_A.expand(8, 36)  # u_i + v_j
+    assert torch.allclose(adapter.delta_weight(), expected)
+    assert int(torch.linalg.matrix_rank(adapter.delta_weight())) == 2
+    with pytest.raises(ValueError, match="divide"):
+        make("additive", {"2": 3})
+
+
+def test_additive_gradient_sums_rows_and_columns():
+    model, found = make(partial(Additive, alpha=1), {"2": 1})
+    h = model[1](model[0](X)).detach()
+    y = model[2](h)
+    y.square().sum().backward()
+    full = (2 * y).detach().T @ h
+    assert torch.allclose(found["2"].lora_A.grad, full.sum(0, keepdim=True))
+    assert torch.allclose(found["2"].lora_B.grad, full.sum(1, keepdim=True))
+
+
+def test_rerandomised_steps_average_to_the_full_gradient():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    x = torch.randn(7, 4, generator=generator()).double()
+    reference = copy.deepcopy(model)
+    reference(x).square().sum().backward()
+    adapter = inject(model, {"0": 2}, ReRandomised)["0"]
+    draws, moves = generator(1), []
+    for _ in range(600):
+        begin_step(model, draws)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        a, b = adapter.project_in, adapter.project_out
+        moves.append(0.5**0.5 * (adapter.lora_B.grad @ a + b @ adapter.lora_A.grad))
+    moves = torch.stack(moves)
+    error = (moves.mean(0) - reference[0].weight.grad).abs()
+    assert bool((error < 5 * moves.std(0) / 600**0.5).all())
+
+
+def test_rerandomised_folds_exactly():
+    model, found = make("rerandomised", {"2": 3})
+    begin_step(model, generator())
+    with torch.no_grad():
+        found["2"].lora_B.normal_()
+    expected = model(X)
+    end_step(model)
+    begin_step(model, generator(1))
+    assert torch.allclose(model(X), expected)
+
+
+def test_kumaraswamy_divergence_against_quadrature():
+    a, b, alpha = torch.tensor([0.7, 2.0, 3.0]).double(), torch.tensor([1.5, 0.8, 1.0]).double(), 3.0
+    u = (torch.arange(200000).double() + 0.5) / 200000
+    nu = (1 - u[:, None] ** (1 / b)) ** (1 / a)  # quantiles: ∫ log(q/p) dq
+    log_q = (a * b).log() + (a - 1) * nu.log() + (b - 1) * torch.log1p(-(nu**a))
+    log_p = torch.log(torch.tensor(alpha).double()) + (alpha - 1) * nu.log()
+    assert torch.allclose(kumaraswamy_to_beta(a, b, alpha), (log_q - log_p).mean(0), atol=1e-3)
+    assert float(kumaraswamy_to_beta(a, b, alpha)[2]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_gates_start_at_the_prior_and_fall():
+    alpha = 3.0
+    adapter = GatedLoRA(torch.zeros(20, 20), 10, concentration=alpha)
+    expected = torch.tensor([(alpha / (1 + alpha)) ** k for k in range(1, 11)])
+    assert torch.allclose(adapter.survival(), expected)
+    assert float(adapter.extra_loss()) == pytest.approx(0.0, abs=1e-8)
+    adapter.temperature = 1e-3
+    draws = generator()
+    samples = []
+    for _ in range(3000):
+        adapter.begin_step(draws)
+        samples.append(adapter.gates().detach())
+    assert torch.allclose(torch.stack(samples).mean(0), expected, atol=0.05)
+    adapter.end_step()
+    assert torch.equal(adapter.gates(), adapter.survival())
+
+
+def test_gates_learn_and_prune_to_ranks():
+    model, found = make(partial(GatedLoRA, concentration={"0.q": 1.0, "0.v": 2.0, "2": 3.0}, kl_weight=1e-4))
+    train(model, steps=20, lr=0.05, optimiser=torch.optim.Adam)
+    assert float(extra_loss(model)) > 0
+    with torch.no_grad():
+        found["0.q"].log_a.fill_(-3.0)  # every stick near 0
+        found["2"].log_a.fill_(9.0)  # every stick near 1
+    model.eval()
+    ranks = prune(model)
+    assert ranks["0.q"] == 0 and ranks["2"] == 4 and "0.q" not in adapters(model)
+    assert type(adapters(model)["2"]) is LoRA
+    expected = found["2"].delta_weight()
+    assert torch.allclose(adapters(model)["2"].delta_weight(), expected)
+
+
+def test_gate_options_are_checked():
+    for options, error in (
+        ({"concentration": 0.0}, ValueError),
+        ({"concentration": {"2": 1.0}}, KeyError),
+        ({"temperature": 0.0}, ValueError),
+    ):
+        with pytest.raises(error):
+            make(partial(GatedLoRA, **options))
+
+
+@pytest.mark.parametrize("variant", ["moslora", "gated", "delta", "additive", "rerandomised", "two_subspaces"])
+def test_meta_models_can_be_counted(variant):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(12, 36), nn.GELU(), nn.Linear(36, 8))
+    found = inject(model, PLAN, VARIANTS[variant])
+    own = {"moslora": 16, "gated": 8}.get(variant, 0)
+    assert sum(p.numel() for p in found["2"].parameters()) == 4 * (36 + 8) + own
+
+
+def test_memory_can_change_between_steps():
+    model, _ = make("moslora")
+    outputs = []
+    for memory in ("lean", "plain"):
+        set_memory(model, memory)
+        outputs.append(model(X))
+    assert torch.allclose(*outputs)
