@@ -19,7 +19,7 @@ from orca_rank.build import build
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import load
-from orca_rank.plots import gallery_figure
+from orca_rank.plots import gallery_figure, words
 from orca_rank.stages import report_sections
 from orca_rank.stages.report_page import Page, cell
 from orca_rank.stages.run_folder import RunFolder, Tune, made_by, read_run, summary
@@ -162,13 +162,14 @@ def _write(page: Page, run_folder: Path, folder: Path) -> None:
 
 def _print(rows: Sequence[dict[str, Any]], baselines: dict[str, float]) -> None:
     metrics = {row["metric"] for row in rows}
-    table = Table("fine-tune", "trainable", "val", "test", "metric", "seconds")
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
+    several = ["metric"] if len(metrics) > 1 else []
+    table = Table(title="" if several else words(next(iter(metrics))), title_justify="left")
+    for name in ("fine-tune", "trained", *several, "val", "test", "seconds"):
+        table.add_column(name, justify="left" if name in ("fine-tune", "metric") else "right", overflow="fold")
     for row in rows:
-        values = (row[name] for name in ("trainable_total", "val", "test", "metric", "seconds"))
-        table.add_row(row["tag"], *map(cell, values))
-    for name, value in baselines.items():
-        table.add_row(name, "", "", cell(value), "relative_l2" if len(metrics) > 1 else next(iter(metrics)), "")
+        table.add_row(
+            row["tag"], *(cell(row[name]) for name in ("trainable_total", *several, "val", "test", "seconds"))
+        )
     console.print(table)
+    for name, value in baselines.items():
+        console.print(f"for comparison, {name}: relative L2 {cell(value)}", soft_wrap=True)

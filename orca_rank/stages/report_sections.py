@@ -67,7 +67,9 @@ def alignment(page: Page, run: RunFolder) -> None:
         f"between source features and features of held-out target images (in brackets: 90 % interval from "
         f"half-samples): {'; '.join(sentences)}. The panels have different scales."
     )
-    page.figure("alignment", alignment_figure(run.alignment, labels, f"{run.align['objective']} (training)"), caption)
+    page.figure(
+        "alignment", alignment_figure(run.alignment, labels, f"{words(run.align['objective'])} (training)"), caption
+    )
 
 
 def gaps(page: Page, run: RunFolder) -> None:
