@@ -12,6 +12,7 @@ from orca_rank.adapters import (
     Bottleneck,
     DeltaLoRA,
     DyLoRA,
+    FLoRA,
     GatedLoRA,
     LoRA,
     MoSLoRA,
@@ -44,6 +45,7 @@ VARIANTS = {
     "moslora": MoSLoRA,
     "moslora_orthogonal": partial(MoSLoRA, mixer="orthogonal"),
     "two_subspaces": TwoSubspaces,
+    "flora": FLoRA,
     "delta": partial(DeltaLoRA, start=1),
     "additive": Additive,
     "rerandomised": ReRandomised,
@@ -342,7 +344,7 @@ def test_gates_start_at_the_prior_and_fall():
     adapter = GatedLoRA(torch.zeros(20, 20), 10, concentration=alpha)
     expected = torch.tensor([(alpha / (1 + alpha)) ** k for k in range(1, 11)])
     assert torch.allclose(adapter.survival(), expected)
-    assert float(adapter.extra_loss()) == pytest.approx(0.0, abs=1e-8)
+    assert float(adapter.extra_loss().detach()) == pytest.approx(0.0, abs=1e-8)
     adapter.temperature = 1e-3
     draws = generator()
     samples = []
@@ -357,7 +359,7 @@ def test_gates_start_at_the_prior_and_fall():
 def test_gates_learn_and_prune_to_ranks():
     model, found = make(partial(GatedLoRA, concentration={"0.q": 1.0, "0.v": 2.0, "2": 3.0}, kl_weight=1e-4))
     train(model, steps=20, lr=0.05, optimiser=torch.optim.Adam)
-    assert float(extra_loss(model)) > 0
+    assert bool(extra_loss(model) > 0)
     with torch.no_grad():
         found["0.q"].log_a.fill_(-3.0)  # every stick near 0
         found["2"].log_a.fill_(9.0)  # every stick near 1

@@ -16,7 +16,8 @@ from orca_rank.adapters.inject import (
 )
 from orca_rank.adapters.linear import AdaptedLinear, adapted, adapters
 from orca_rank.adapters.lora import LoRA, NotExpressible
-from orca_rank.adapters.mixers import MoSLoRA, TwoSubspaces
+from orca_rank.adapters.mixers import FLoRA, MoSLoRA, TwoSubspaces
+from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter_groups
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
@@ -27,10 +28,12 @@ __all__ = [
     "Bottleneck",
     "DeltaLoRA",
     "DyLoRA",
+    "FLoRA",
     "GatedLoRA",
     "LoRA",
     "MoSLoRA",
     "NotExpressible",
+    "PeftAdapter",
     "ReRandomised",
     "TwoSubspaces",
     "adapted",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters
 from orca_rank.adapters.lora import LoRA
+from orca_rank.adapters.peft_backed import PeftAdapter, tuner_of
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 def inject(
     model: nn.Module,
     plan: Any,
-    adapter: Callable[..., nn.Module] = LoRA,
+    adapter: Callable[..., nn.Module] | PeftAdapter = LoRA,
     *,
     memory: str = "lean",
     freeze: bool = True,
@@ -33,7 +34,8 @@ def inject(
     Args:
         model: any module that contains the Linears.
         plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
-        adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it.
+        adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it; or a
+            PeftAdapter.
         memory: what a training step keeps: ``lean`` | ``plain``, see `set_memory`.
         freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
         generator: source of the random initial values.
@@ -49,10 +51,14 @@ def inject(
     ranks = getattr(plan, "ranks", plan)
     if not isinstance(ranks, Mapping):
         raise TypeError(f"plan is a {type(plan).__name__}; expected a RankPlan or a mapping of layer to rank")
+    if tuner_of(model):
+        raise ValueError("the model is adapted by PEFT already; start from a bare model")
     if present := adapted(model):
         raise ValueError(f"the model is adapted already ({len(present)} layers): call unload(model) first")
     above = bool(getattr(plan, "allow_above_full", False))
     targets = _check(model, ranks, above)
+    if isinstance(adapter, PeftAdapter):
+        return _with_peft(model, targets, adapter, freeze)
     build = {
         module: {
             part: adapter(_rows(base.weight, part), rank, name=_name(module, part), generator=generator)
@@ -69,6 +75,15 @@ def inject(
     found = adapters(model)
     log.info("%s", describe(model))
     return found
+
+
+def _with_peft(model: nn.Module, targets: Mapping[str, Any], adapter: PeftAdapter, freeze: bool) -> dict[str, Any]:
+    if thirds := [name for name, (_, parts) in targets.items() if WHOLE not in parts]:
+        raise ValueError(f"{thirds[0]}: PEFT adapts whole matrices; adapt q, k and v fused")
+    if not freeze:
+        raise ValueError("PEFT freezes the model itself; leave freeze=True")
+    model.requires_grad_(False)
+    return adapter.into(model, {name: parts[WHOLE] for name, (_, parts) in targets.items()}) if targets else {}
 
 
 def _check(model: nn.Module, ranks: Mapping[str, Any], above: bool) -> dict[str, tuple[nn.Linear, dict[str, int]]]:
@@ -141,12 +156,16 @@ def merge(model: nn.Module) -> None:
     """Fold every ΔW into its W₀. Doing it twice changes nothing; W₀ is kept aside until `unmerge` or `unload`."""
     for module in adapted(model).values():
         module.merge()
+    if tuner := tuner_of(model):
+        tuner.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Give every W₀ its very bits back."""
     for module in adapted(model).values():
         module.unmerge()
+    if tuner := tuner_of(model):
+        tuner.unmerge()
 
 
 def unload(model: nn.Module) -> None:
@@ -159,11 +178,15 @@ def unload(model: nn.Module) -> None:
 
 def trainable_adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapters' parameters that learn."""
+    if tuner_of(model):
+        return [p for p in model.parameters() if p.requires_grad]
     return [p for adapter in adapters(model).values() for p in adapter.parameters() if p.requires_grad]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors alone, by their names in ``model.state_dict()``; nothing of the model they sit in."""
+    if tuner_of(model):
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {
         f"{name}.branches.{key}": value.detach()
         for name, module in adapted(model).items()

@@ -64,6 +64,38 @@ class MoSLoRA(LoRA):
         return (self.mixer @ self.lora_A).detach(), self.lora_B.detach(), self.scale
 
 
+class FLoRA(LoRA):
+    """ΔW = s B G A with a Tucker core G (r × r) that starts at zero, A and B random (Si et al. 2024).
+
+    It has MoSLoRA's form, but the zero stands in the core, so A and B get no gradient in the first step and G does.
+
+    Raises:
+        ValueError: for an initialisation or a frozen factor, which belong to plain LoRA.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "d_out d_in"],
+        rank: int,
+        *,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(weight, rank, generator=generator, **options)
+        if options.get("init", "kaiming") != "kaiming" or options.get("frozen"):
+            raise ValueError(
+                f"{self.name}: FLoRA has its own initialisation and trains A, B and G; leave init and frozen"
+            )
+        nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5), generator=generator)
+        self.core = nn.Parameter(torch.zeros(rank, rank, dtype=self.lora_A.dtype, device=self.lora_A.device))
+
+    def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
+        return self.core @ self.lora_A, self.scale * self.lora_B
+
+    def plain(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float]:
+        return (self.core @ self.lora_A).detach(), self.lora_B.detach(), self.scale
+
+
 class TwoSubspaces(LoRA):
     """ΔW = s (B₁ + B₂)(A₁ + A₂): halves of LoRA mixed by the fixed butterfly [[I, I], [I, I]] (the paper's eq. 3).
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from orca_rank.adapters.inject import inject
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted
-from orca_rank.adapters.lora import LoRA, scale_of
+from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
+from orca_rank.adapters.peft_backed import tuner_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -42,6 +43,8 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
     Raises:
         NotExpressible: for an adapter whose ΔW is no plain LoRA. KeyError: if a module to save is not there.
     """
+    if tuner := tuner_of(model):
+        raise NotExpressible(f"{tuner.method} is PEFT's own; its trained tensors are in adapter_state_dict(model)")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from orca_rank.adapters.dylora import DyLoRA, begin_dylora
 from orca_rank.adapters.linear import adapted, adapters
+from orca_rank.adapters.peft_backed import tuner_of
 
 
 def begin_step(model: nn.Module, generator: torch.Generator | None = None) -> None:
@@ -27,11 +28,15 @@ def end_step(model: nn.Module) -> None:
     """After the optimiser's step: put frozen rows back, fold projections, follow the product."""
     for adapter in adapters(model).values():
         adapter.end_step()
+    if tuner := tuner_of(model):
+        tuner.end_step()
 
 
 def extra_loss(model: nn.Module) -> Tensor | float:
     """The sum of the terms that adapters add to the loss; 0.0 when none has one."""
     terms = [term for adapter in adapters(model).values() if (term := adapter.extra_loss()) is not None]
+    if (tuner := tuner_of(model)) and (term := tuner.extra_loss()) is not None:
+        terms.append(term)
     return torch.stack(terms).sum() if terms else 0.0
 
 

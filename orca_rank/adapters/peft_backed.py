@@ -1,0 +1,115 @@
+"""Methods that PEFT implements, at the ranks of a plan: DoRA, AdaLoRA, LoHa, LoKr, VeRA. Needs ``orca_rank[peft]``."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METHODS = ("dora", "adalora", "loha", "lokr", "vera")
+UNEVEN = ("dora", "loha", "lokr")
+
+
+class PeftAdapter:
+    """Give it to `inject` in place of an adapter class: the method's layers are PEFT's own.
+
+    Args:
+        method: ``dora`` | ``adalora`` | ``loha`` | ``lokr`` | ``vera``. AdaLoRA and VeRA know one rank for all layers.
+        options: further fields of the method's PEFT config, e.g. total_step, target_r, tinit, tfinal for AdaLoRA.
+
+    Raises:
+        ValueError: for an unknown method. ImportError: without PEFT.
+    """
+
+    def __init__(self, method: str, **options: Any) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}; expected one of {METHODS}")
+        try:
+            import peft
+        except ImportError as error:
+            raise ImportError(f"{method} comes from PEFT: pip install 'orca_rank[peft]'") from error
+        self.peft, self.method, self.options = peft, method, options
+
+    def into(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """Adapt the layers in place and return them by name; ranks are above 0 and name whole Linears."""
+        values = set(ranks.values())
+        if self.method not in UNEVEN and len(values) > 1:
+            raise ValueError(f"{self.method} has one rank for all layers; the plan has {sorted(values)}")
+        config, tuner = self._config(ranks)
+        # The tuner replaces layers inside the model; the model must not own it in turn as a submodule.
+        vars(model)["peft_tuner"] = PeftTuner(tuner(model, config, "default"), self.method)
+        return {name: model.get_submodule(name) for name in ranks}
+
+    def _config(self, ranks: Mapping[str, int]) -> tuple[Any, Any]:
+        from peft.tuners import adalora, loha, lokr, lora, vera
+
+        first = next(iter(ranks.values()))
+        common = {"target_modules": "|".join(f"(?:{re.escape(name)})" for name in ranks), **self.options}
+        pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+        peft = self.peft
+        if self.method == "dora":
+            return peft.LoraConfig(r=first, rank_pattern=pattern, use_dora=True, **common), lora.LoraModel
+        if self.method == "loha":
+            return peft.LoHaConfig(r=first, rank_pattern=pattern, **common), loha.LoHaModel
+        if self.method == "lokr":
+            return peft.LoKrConfig(r=first, rank_pattern=pattern, **common), lokr.LoKrModel
+        if self.method == "vera":
+            return peft.VeraConfig(r=first, **common), vera.VeraModel
+        return peft.AdaLoraConfig(init_r=first, **common), adalora.AdaLoraModel
+
+
+class PeftTuner:
+    """What the training loop needs of a PEFT tuner: AdaLoRA's orthogonality term and its budget schedule."""
+
+    def __init__(self, tuner: nn.Module, method: str) -> None:
+        self.tuner, self.method, self.steps = tuner, method, 0
+        self.kept: dict[str, Tensor] = {}
+
+    def layers(self) -> dict[str, Any]:
+        """PEFT's layers by name."""
+        return {name: m for name, m in self.tuner.model.named_modules() if hasattr(m, "get_base_layer")}
+
+    def extra_loss(self) -> Tensor | None:
+        """Weight × mean ‖PPᵀ − I‖_F over AdaLoRA's factors; PEFT itself adds it only to models that return a loss."""
+        if self.method != "adalora":
+            return None
+        terms = []
+        for layer in self.layers().values():
+            for p in (layer.lora_A["default"], layer.lora_B["default"].T):
+                terms.append(torch.linalg.norm(p @ p.T - torch.eye(len(p), dtype=p.dtype, device=p.device)))
+        return self.tuner.peft_config["default"].orth_reg_weight * torch.stack(terms).mean()
+
+    def end_step(self) -> None:
+        """AdaLoRA's reallocation, from the gradients of the step that was just taken.
+
+        Raises:
+            RuntimeError: if the gradients are gone already.
+        """
+        if self.method != "adalora":
+            return
+        if all(p.grad is None for p in self.tuner.model.parameters()):
+            raise RuntimeError("AdaLoRA allocates by gradients: call end_step(model) before optimizer.zero_grad()")
+        self.steps += 1
+        self.tuner.update_and_allocate(self.steps)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold every layer into its base weight once; the old bits are kept for `unmerge`."""
+        for name, layer in self.layers().items():
+            if name not in self.kept:
+                self.kept[name] = layer.get_base_layer().weight.detach().clone()
+                layer.merge()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give every base weight its old bits back."""
+        for name, layer in self.layers().items():
+            if name in self.kept:
+                layer.unmerge()
+                layer.get_base_layer().weight.copy_(self.kept.pop(name))
+
+
+def tuner_of(model: nn.Module) -> PeftTuner | None:
+    """The PEFT tuner that `inject` left with the model, if any."""
+    return vars(model).get("peft_tuner")

@@ -1,0 +1,98 @@
+"""Methods through PEFT at the plan's ranks: identity at the start, strictness, AdaLoRA's schedule and penalty."""
+
+import pytest
+import torch
+from torch import nn
+
+from orca_rank.adapters import (
+    NotExpressible,
+    PeftAdapter,
+    adapter_state_dict,
+    begin_step,
+    end_step,
+    extra_loss,
+    inject,
+    merge,
+    parameter_groups,
+    save_peft,
+    trainable_adapter_parameters,
+    unmerge,
+)
+
+pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+X = torch.linspace(-1, 1, 10 * 12).reshape(10, 12).mul(3).sin()
+SCHEDULE = {"total_step": 20, "tinit": 2, "tfinal": 4, "target_r": 1, "deltaT": 1}
+
+
+def make(method, plan=None, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8))
+    before = model(X)
+    options = {**SCHEDULE, **options} if method == "adalora" else options
+    return model, inject(model, plan or {"0": 4, "2": 4}, PeftAdapter(method, **options)), before
+
+
+def train(model, steps):
+    optimiser = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+    for _ in range(steps):
+        optimiser.zero_grad()
+        begin_step(model)
+        (model(X).square().mean() + extra_loss(model)).backward()
+        optimiser.step()
+        end_step(model)
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora", "loha", "lokr", "vera"])
+def test_starts_as_the_identity_trains_merges_and_unmerges(method, tmp_path):
+    model, found, before = make(method)
+    assert list(found) == ["0", "2"]
+    assert torch.allclose(model(X), before, atol=1e-5)
+    base = found["2"].get_base_layer().weight.clone()
+    train(model, 5)
+    model.eval()
+    expected = model(X)
+    assert not torch.allclose(expected, before, atol=1e-4)
+    assert torch.equal(found["2"].get_base_layer().weight, base)
+    assert set(adapter_state_dict(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable_adapter_parameters(model)) == len(adapter_state_dict(model))
+    merge(model)
+    merge(model)
+    assert torch.allclose(model(X), expected, atol=1e-5)
+    unmerge(model)
+    assert torch.equal(found["2"].get_base_layer().weight, base)
+    with pytest.raises(NotExpressible, match=method):
+        save_peft(model, tmp_path)
+
+
+def test_ranks_follow_the_plan():
+    _, found, _ = make("dora", {"0": 2, "2": 5})
+    assert [layer.r["default"] for layer in found.values()] == [2, 5]
+
+
+def test_adalora_really_moves_its_budget():
+    model, found, _ = make("adalora")
+    assert bool(extra_loss(model) > 0)
+    train(model, 19)
+    alive = sum(int((layer.lora_E["default"] != 0).sum()) for layer in found.values())
+    assert alive == 2  # target_r 1 on each of two layers, from 8
+
+
+def test_adalora_needs_the_gradients():
+    model, _, _ = make("adalora")
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        end_step(model)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="one rank"):
+        make("vera", {"0": 2, "2": 3})
+    with pytest.raises(ValueError, match="expected one of"):
+        PeftAdapter("other")
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="whole matrices"):
+        inject(nn.Sequential(nn.Linear(12, 36)), {"0.q": 2}, PeftAdapter("dora"))
+    model, _, _ = make("dora")
+    with pytest.raises(ValueError, match="already"):
+        inject(model, {"0": 2})
+    assert inject(nn.Sequential(nn.Linear(4, 4)), {"0": 0}, PeftAdapter("dora")) == {}
