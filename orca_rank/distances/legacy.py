@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from orca_rank.distances._inputs import Envelope, squared_distances
+from orca_rank.distances.labelled import Labelled
 from orca_rank.distances.sinkhorn import annealed_divergence
 
 INNER_EPSILON = 0.1
@@ -34,12 +33,14 @@ def _class_distances(left: tuple[Tensor, ...], right: tuple[Tensor, ...] | None,
     return result
 
 
-def legacy_otdd(a: Any, b: Any, epsilon: float, inner: str, debias: bool) -> tuple[Tensor, float, int, Tensor]:
+def legacy_otdd(
+    a: Labelled, b: Labelled, epsilon: float, inner: str, debias: bool
+) -> tuple[Tensor, float, int, Tensor]:
     """The legacy value of two labelled samples, differentiable as geomloss differentiates it, with the label term
     counted once.
 
     Args:
-        a, b: samples with x, index, distances(), own_distances() and, for inner="exact", groups.
+        a, b: the samples.
         epsilon: blur², in units of the half cost.
 
     Returns:

@@ -14,15 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from orca_rank.distances._inputs import Envelope, classes, full_precision, pair, points, squared_distances
-from orca_rank.distances.exact import exact_class_distances, exact_plan
-from orca_rank.distances.gaussian import GaussianClasses
+from orca_rank.distances._inputs import Envelope, full_precision, pair, points
+from orca_rank.distances.exact import exact_plan
+from orca_rank.distances.labelled import INNER, Labelled, class_mass, ground_cost, mean_cost
 from orca_rank.distances.legacy import legacy_otdd
 from orca_rank.distances.sinkhorn import Plan, solve, solve_symmetric, working_dtype
 from orca_rank.distances.sliced import sliced_with_labels
 
 EPSILON = 5e-4  # relative to the mean cost within the samples
-_INNER = ("gaussian", "exact", "means", "none")
 
 
 class OTDDResult(NamedTuple):
@@ -41,60 +40,6 @@ class OTDDResult(NamedTuple):
     epsilon: float
 
 
-class _Labelled:
-    """A labelled sample and the class statistics its inner distance needs."""
-
-    def __init__(self, x: Tensor, label: Tensor | None, name: str, inner: str, ddof: int, detach: bool) -> None:
-        if label is None and inner != "none":
-            raise ValueError(f'{name} is None: give labels, or inner="none" for transport without labels')
-        self.x, self.inner = x, inner
-        self.index, counts = classes(None if inner == "none" else label, len(x), x.device)
-        features = x.detach() if detach else x
-        if inner == "gaussian":
-            self.gaussian = GaussianClasses(features, self.index, counts, ddof)
-        elif inner in ("exact", "means"):
-            self.groups = features[self.index.argsort(stable=True)].split(counts.tolist())
-        if inner == "means":
-            self.means = torch.stack([group.mean(0) for group in self.groups])  # (K, d)
-
-    def distances(self, other: _Labelled) -> Tensor:
-        """W between the classes of two samples, (K, L)."""
-        if self.inner == "gaussian":
-            return self.gaussian.distances(other.gaussian)
-        if self.inner == "exact":
-            return exact_class_distances(self.groups, other.groups)
-        if self.inner == "means":
-            return (self.means[:, None] - other.means[None]).square().sum(2)
-        return self.x.new_zeros(1, 1)
-
-    def own_distances(self) -> Tensor:
-        """W between the classes of one sample, (K, K)."""
-        if self.inner == "gaussian":
-            return self.gaussian.own_distances()
-        if self.inner == "exact":
-            return exact_class_distances(self.groups, None)
-        return self.distances(self)
-
-
-def _cost(a: _Labelled, b: _Labelled, label_distances: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖x_i − y_j‖² + W(c_i, c_j), (n, m), without a graph."""
-    cost = squared_distances(a.x.detach().to(dtype), b.x.detach().to(dtype))
-    if label_distances.numel() > 1 or float(label_distances.detach().abs().max()) > 0:
-        rows = label_distances.detach().to(dtype)[:, b.index]  # (K, m)
-        for part, index in zip(cost.split(1024), a.index.split(1024), strict=True):
-            part += rows[index]
-    if a is b:
-        cost.fill_diagonal_(0)
-    return cost
-
-
-def _mass(plan: Plan, a: _Labelled, b: _Labelled, shape: torch.Size) -> Tensor:
-    """Transported mass between classes, ∂⟨P, C⟩/∂W, (K, L)."""
-    columns = torch.zeros(len(b.index), shape[1], dtype=plan.f.dtype, device=plan.f.device)
-    columns[torch.arange(len(b.index), device=columns.device), b.index] = 1
-    return columns.new_zeros(shape).index_add_(0, a.index, plan.apply(columns))
-
-
 class _Own(NamedTuple):
     """½ OT_ε(α, α), its gradient in the features and in W."""
 
@@ -104,7 +49,7 @@ class _Own(NamedTuple):
 
 
 def _own_term(
-    a: _Labelled,
+    a: Labelled,
     label_distances: Tensor,
     epsilon: float,
     tolerance: float,
@@ -113,7 +58,7 @@ def _own_term(
     cost: Tensor | None = None,
 ) -> _Own:
     dtype = working_dtype(len(a.x), len(a.x), a.x.dtype)
-    cost = _cost(a, a, label_distances, dtype) if cost is None else cost
+    cost = ground_cost(a, a, label_distances, dtype) if cost is None else cost
     plan = solve_symmetric(cost, epsilon, tolerance, limit)
     if not grad:
         return _Own(plan.value / 2, None, None)
@@ -121,15 +66,7 @@ def _own_term(
     mass = (plan.apply(torch.ones_like(plan.f)) + plan.apply_transposed(torch.ones_like(plan.f))) / 2
     # ½ Σ P_ij ‖x_i − x_j‖² has the gradient 2 (mass ⊙ x − P x), P symmetric.
     features = 2 * (mass[:, None] * x - plan.apply(x))
-    return _Own(plan.value / 2, features, _mass(plan, a, a, label_distances.shape) / 2)
-
-
-def _scale(a: _Labelled, label_distances: Tensor) -> float:
-    """Mean cost within one sample, E‖x − x′‖² + E W(c, c′), in O(n d)."""
-    x = a.x.detach().double()
-    share = torch.bincount(a.index, minlength=len(label_distances)).double() / len(x)
-    spread = 2 * (x - x.mean(0)).square().sum() / len(x)
-    return float(spread + share @ label_distances.detach().double() @ share)
+    return _Own(plan.value / 2, features, class_mass(plan, a, a, label_distances.shape) / 2)
 
 
 def _temperature(epsilon: float | None, units: str, scale: float, fallback: float) -> float:
@@ -171,14 +108,14 @@ class OTDDSource:
         max_iterations: int = 400,
         ddof: int = 1,
     ) -> None:
-        _choice("inner", inner, _INNER)
+        _choice("inner", inner, INNER)
         x = points(x).detach()
         self.shift = x.mean(0)
         self.options = {"inner": inner, "ddof": ddof}
         self.tolerance, self.max_iterations = tolerance, max_iterations
-        self.side = _Labelled(x - self.shift, label, "label", inner, ddof, True)
+        self.side = Labelled(x - self.shift, label, "label", inner, ddof, True)
         own = self.side.own_distances()
-        self.epsilon = _temperature(epsilon, epsilon_units, _scale(self.side, own), 0.0)
+        self.epsilon = _temperature(epsilon, epsilon_units, mean_cost(self.side, own), 0.0)
         self.own = _own_term(self.side, own, self.epsilon, tolerance, max_iterations, False).value
 
     @full_precision
@@ -193,13 +130,13 @@ class OTDDSource:
         if y.shape[1] != self.shift.shape[0]:
             raise ValueError(f"y must have the source's width {self.shift.shape[0]}, received {tuple(y.shape)}")
         y = y.to(self.shift) - self.shift
-        target = _Labelled(y, label, "label", self.options["inner"], self.options["ddof"], detach_labels)
+        target = Labelled(y, label, "label", self.options["inner"], self.options["ddof"], detach_labels)
         return _sinkhorn(self.side, target, self.epsilon, self.tolerance, self.max_iterations, self.own)
 
 
 def _sinkhorn(
-    a: _Labelled,
-    b: _Labelled,
+    a: Labelled,
+    b: Labelled,
     epsilon: float,
     tolerance: float,
     limit: int,
@@ -212,14 +149,14 @@ def _sinkhorn(
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.no_grad():
         dtype = working_dtype(len(a.x), len(b.x), a.x.dtype)
-        plan = solve(_cost(a, b, across, dtype), epsilon, tolerance, limit)
+        plan = solve(ground_cost(a, b, across, dtype), epsilon, tolerance, limit)
         value, gradients = plan.value.double(), []
         if grad:
             x, y, ones_a, ones_b = a.x.to(dtype), b.x.to(dtype), torch.ones_like(plan.f), torch.ones_like(plan.g)
             gradients = [
                 2 * (plan.apply(ones_b)[:, None] * x - plan.apply(y)),
                 2 * (plan.apply_transposed(ones_a)[:, None] * y - plan.apply_transposed(x)),
-                _mass(plan, a, b, across.shape),
+                class_mass(plan, a, b, across.shape),
             ]
         error, iterations = plan.error, plan.iterations
         del plan  # its kernel is as large as the cost
@@ -239,10 +176,10 @@ def _sinkhorn(
     return OTDDResult(value.to(a.x.dtype), error, iterations, across.detach(), epsilon)
 
 
-def _linear_programme(a: _Labelled, b: _Labelled) -> OTDDResult:
+def _linear_programme(a: Labelled, b: Labelled) -> OTDDResult:
     across = a.distances(b)
     with torch.no_grad():
-        cost = _cost(a, b, across, torch.float64)
+        cost = ground_cost(a, b, across, torch.float64)
         p = exact_plan(cost)
         value = (p * cost).sum()
         plan = Plan(p.sum(1), p.sum(0), p, torch.ones_like(p[:, 0]), 0.0, 0)
@@ -250,7 +187,7 @@ def _linear_programme(a: _Labelled, b: _Labelled) -> OTDDResult:
         gradients = (
             2 * (plan.f[:, None] * x - p @ y),
             2 * (plan.g[:, None] * y - p.T @ x),
-            _mass(plan, a, b, across.shape),
+            class_mass(plan, a, b, across.shape),
         )
         error = float((plan.f - 1 / len(x)).abs().sum() + (plan.g - 1 / len(y)).abs().sum())
     dtype = a.x.dtype
@@ -292,7 +229,7 @@ def otdd(
     and gradient. outer="exact" is the linear programme itself (not debiased; up to about 5,000 points).
     outer="sliced" embeds W in Euclidean coordinates (classical scaling) beside the features and averages
     one-dimensional transport over random directions, times their dimension, so that a translation by t still gives
-    2 ‖t‖²; it is a lower bound, for 10⁵ samples and more.
+    about 2 ‖t‖²; up to the choice of directions it is a lower bound. It is meant for 10⁵ samples and more.
 
     Args:
         x: (n, d) and x_label: (n,) integers of any values; y: (m, d) and y_label: (m,). float16, bfloat16 and float32
@@ -300,9 +237,10 @@ def otdd(
         inner: W between classes: "gaussian" (Bures-Wasserstein of the class Gaussians), "exact" (linear programme
             between the classes' samples), "means" (‖m_c − m_c′‖²) or "none" (no label term).
         outer: "sinkhorn", "exact" or "sliced".
-        epsilon: entropic temperature. By default 5e-4 with units "relative": a multiple of the mean full cost within
-            the two samples, E‖x − x′‖² + E W, averaged over both. With epsilon_units="half_cost" it is the absolute
-            blur² of geomloss and microsoft/otdd, whose cost is half of this one; the value stays the full one.
+        epsilon: entropic temperature, a constant in the gradient. By default 5e-4 with units "relative": a multiple of
+            the mean full cost within the two samples, E‖x − x′‖² + E W, averaged over both. With
+            epsilon_units="half_cost" it is the absolute blur² of geomloss and microsoft/otdd, whose cost is half of
+            this one; the value stays the full one.
         schedule: "converged", or "legacy" (with outer="sinkhorn"): geomloss's annealing as microsoft/otdd and ORCA
             call it: scaling 0.5, not converged, started at the diameter of the features with the label index
             appended, epsilon (default 0.1) absolute in the units of the HALF cost. `.value` is then THEIR number, that
@@ -319,12 +257,12 @@ def otdd(
     Raises:
         ValueError: for bad shapes, widths, labels, options or values that are not finite.
     """
-    _choice("inner", inner, _INNER)
+    _choice("inner", inner, INNER)
     _choice("outer", outer, ("sinkhorn", "exact", "sliced"))
     _choice("schedule", schedule, ("converged", "legacy"))
     x, y = pair(x, y)
-    a = _Labelled(x, x_label, "x_label", inner, ddof, detach_labels)
-    b = _Labelled(y, y_label, "y_label", inner, ddof, detach_labels)
+    a = Labelled(x, x_label, "x_label", inner, ddof, detach_labels)
+    b = Labelled(y, y_label, "y_label", inner, ddof, detach_labels)
     if schedule == "legacy":
         if outer != "sinkhorn":
             raise ValueError(f"schedule='legacy' needs outer='sinkhorn', received {outer!r}")
@@ -338,7 +276,7 @@ def otdd(
         blocks = torch.cat([torch.cat([within_a, across], 1), torch.cat([across.T, within_b], 1)])
         value = sliced_with_labels(x, a.index, y, b.index, blocks, projections, seed)
         return OTDDResult(value, 0.0, 0, across.detach(), 0.0)
-    scale = (_scale(a, within_a) + _scale(b, within_b)) / 2
+    scale = (mean_cost(a, within_a) + mean_cost(b, within_b)) / 2
     fallback = float((x.detach().mean(0) - y.detach().mean(0)).square().sum() + across.detach().mean())
     temperature = _temperature(epsilon, epsilon_units, scale, fallback)
     return _sinkhorn(a, b, temperature, tolerance, max_iterations, None, (across, within_a, within_b))

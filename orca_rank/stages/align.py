@@ -76,7 +76,7 @@ class Align(L.LightningModule):
         self.batches = batches
         return DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate)
 
-    def share(self, label: Tensor) -> float:
+    def share(self, label: int) -> float:
         """Share of a class among the training samples, n_i / N."""
         return float((self.labels == label).float().mean())
 
@@ -100,7 +100,7 @@ class Align(L.LightningModule):
             loss = self.objective(features, label)
             if bool(torch.isfinite(loss)):
                 if self.settings["schedule"] == "orca":  # Lightning averages over the batches of an optimiser step
-                    loss = loss * self.share(label[0]) * len(self.batches)
+                    loss = loss * self.share(int(label[0])) * len(self.batches)
                 self.log("loss", loss, on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
                 return loss
         path = self.folder / "bad_batch.safetensors"
@@ -220,6 +220,7 @@ def run(config: DictConfig) -> None:
         "target_classes": len(labels.unique()),
     }
     write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
+    (folder / "last.ckpt").unlink(missing_ok=True)
     console.print(sentence(distances), soft_wrap=True)
 
 
@@ -258,5 +259,4 @@ def _fit(config: DictConfig, module: Align, folder: Path) -> int:
     )
     module.embedder.train()
     trainer.fit(module, ckpt_path=str(last) if last.exists() else None, weights_only=False)
-    last.unlink(missing_ok=True)
     return trainer.current_epoch
