@@ -19,6 +19,7 @@ from orca_rank.adapters.lora import LoRA, NotExpressible
 from orca_rank.adapters.mixers import FLoRA, MoSLoRA, TwoSubspaces
 from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
+from orca_rank.adapters.quantised import QLoRA, paged_adamw
 from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter_groups
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
@@ -34,6 +35,7 @@ __all__ = [
     "MoSLoRA",
     "NotExpressible",
     "PeftAdapter",
+    "QLoRA",
     "ReRandomised",
     "TwoSubspaces",
     "adapted",
@@ -49,6 +51,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_peft",
     "merge",
+    "paged_adamw",
     "parameter_groups",
     "prune",
     "save_peft",

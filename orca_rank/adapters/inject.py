@@ -70,7 +70,7 @@ def inject(
         model.requires_grad_(False)
     for module, branches in build.items():
         parent, _, child = module.rpartition(".")
-        setattr(model.get_submodule(parent), child, AdaptedLinear(targets[module][0], branches))
+        setattr(model.get_submodule(parent), child, _host(branches)(targets[module][0], branches))
     set_memory(model, memory)
     found = adapters(model)
     log.info("%s", describe(model))
@@ -130,6 +130,10 @@ def _resolve(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
     if not base.weight.is_floating_point():
         raise TypeError(f"{name}: its weight is {base.weight.dtype}; expected a floating-point matrix")
     return module, part
+
+
+def _host(branches: Mapping[str, nn.Module]) -> type[AdaptedLinear]:
+    return getattr(next(iter(branches.values())), "host", None) or AdaptedLinear
 
 
 def _name(module: str, part: str) -> str:

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
         dtype: in which to multiply.
         reuse: nobody else reads the inputs, so their gradients may take their memory. The graph then serves one
             backward pass; a second one stops with autograd's error about a changed tensor.
+        unpack: gives W₀ where ``weight`` is a packed form of it.
     """
 
     before: Callable[..., Tensor] | None
@@ -44,6 +45,17 @@ class Plan(NamedTuple):
     group: int
     dtype: torch.dtype
     reuse: bool = False
+    unpack: Callable[[Tensor], Tensor] | None = None
+
+    def matrix(self, weight: Tensor, a: Tensor, bs: Sequence[Tensor]) -> Tensor:
+        """W₀, plus BA in the dense form, ready to multiply."""
+        w = weight if self.unpack is None else self.unpack(weight)
+        if not self.dense:
+            return w.detach().to(self.dtype)
+        w = w.detach().to(self.dtype, copy=True)
+        for part, b, own in zip(self.rows, bs, _split(a, bs, 0), strict=True):
+            w[part].addmm_(b, own)
+        return w
 
     def chunks(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
         """Slices of dimension 0 of the inputs, and the slices of the rows of y that belong to them."""
@@ -72,9 +84,9 @@ class LeanLinear(torch.autograd.Function):
         keeps_inputs = learns_a or (plan.dense and learns_b) or (plan.before is not None and passes_on)
         device = weight.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        w = _dense_weight(plan, weight, a, bs) if plan.dense else weight.to(plan.dtype)
+        w = plan.matrix(weight, a, bs)
         own_bias = None if bias is None else bias.to(plan.dtype)
-        y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(weight), dtype=plan.dtype)
+        y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(w), dtype=plan.dtype)
         z = None if keeps_inputs or plan.dense or not learns_b else y.new_empty(len(y), len(a))
         for entries, rows in plan.chunks(inputs[0]):
             given = [x[entries] for x in inputs]
@@ -105,8 +117,8 @@ class LeanLinear(torch.autograd.Function):
         bs, inputs = rest[:count], rest[count:]
         learns_a, learns_b = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4 : 4 + count])
         wanted = ctx.needs_input_grad[4 + count :]
-        dy = dy.reshape(-1, len(weight))  # (N, d_out)
-        w = _dense_weight(plan, weight, a, bs) if plan.dense else weight.to(plan.dtype)
+        w = plan.matrix(weight, a, bs)
+        dy = dy.reshape(-1, len(w))  # (N, d_out)
         dw = torch.zeros_like(w) if plan.dense else None
         da, dbs = torch.zeros_like(a), [torch.zeros_like(b.T) for b in bs]
         dx: list[Any] = [None] * len(inputs)
@@ -143,14 +155,6 @@ class LeanLinear(torch.autograd.Function):
 def _split(stacked: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     """The part of A, or of Ax, that belongs to each B."""
     return stacked.split([b.shape[1] for b in bs], dim)
-
-
-def _dense_weight(plan: Plan, weight: Tensor, a: Tensor, bs: Sequence[Tensor]) -> Tensor:
-    """W₀ + BA."""
-    w = weight.detach().to(plan.dtype, copy=True)
-    for part, b, own in zip(plan.rows, bs, _split(a, bs, 0), strict=True):
-        w[part].addmm_(b, own)
-    return w
 
 
 def _rebuild(

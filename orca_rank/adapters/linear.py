@@ -87,11 +87,19 @@ class AdaptedLinear(nn.Linear):
             self.memory == "plain"
             or self.merged
             or torch.compiler.is_compiling()
-            or self.weight.requires_grad
+            or self.weight_learns
             or (self.bias is not None and self.bias.requires_grad)
             or (self.training and self.dropout > 0)
             or not all(branch.low_rank for branch in self.branches.values())
         )
+
+    @property
+    def weight_learns(self) -> bool:
+        return self.weight.requires_grad
+
+    def kept_weight(self) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """What the backward pass keeps of W₀, and how to get W₀ from it."""
+        return self.base_weight(), None
 
     def after(
         self, before: Callable[..., Tensor] | None, *inputs: Tensor, group: int | None = None, reuse: bool = False
@@ -113,10 +121,11 @@ class AdaptedLinear(nn.Linear):
         shape = inputs[0].shape[:-1]
         rows = [self.rows(part) for part in self.branches]
         dense = all(prefers_dense(shape.numel(), b.shape[1], self.in_features, len(b)) for b in bs)
-        plan = Plan(before, rows, dense, group or 1, dtype, reuse)
+        weight, unpack = self.kept_weight()
+        plan = Plan(before, rows, dense, group or 1, dtype, reuse, unpack)
         if group is None:
             inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
-        y = LeanLinear.apply(plan, self.base_weight(), self.bias, a.to(dtype), *bs, *inputs)
+        y = LeanLinear.apply(plan, weight, self.bias, a.to(dtype), *bs, *inputs)
         return y.reshape(*shape, -1)
 
     @property

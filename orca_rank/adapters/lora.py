@@ -55,7 +55,8 @@ class LoRA(nn.Module):
         ValueError: for an option or a shape that does not fit; KeyError: when ``directions`` lacks the layer.
     """
 
-    low_rank = True
+    low_rank = True  # whether ΔW is a product, so that `factors` says it all
+    host: Any = None  # another class than AdaptedLinear to carry this adapter
 
     def __init__(
         self,
