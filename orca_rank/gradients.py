@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.spectra import Spectrum, upper_bound
+from orca_rank.spectra import Spectrum, leading, upper_bound
 
 ELEMENTS = 2**26  # of per-image gradients held at once, 256 MiB in float32
 
@@ -52,14 +52,14 @@ class Gradients:
         Args:
             rows: outputs of the layer, a part of them for q, k or v of a fused matrix.
         """
-        gradient = self.mean(rows).double()
-        noise = (self.signed[:, rows] - self.sign_sums[:, None, None] * self.mean(rows)).double() / self.count
-        null = upper_bound(torch.linalg.matrix_norm(noise, ord=2).cpu().numpy())
-        u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+        gradient = self.mean(rows).double().cpu()
+        noise = (self.signed[:, rows] - self.sign_sums[:, None, None] * self.mean(rows)).cpu() / self.count
+        null = upper_bound(leading(noise, 1)[1][:, 0].numpy())
+        u, s, vh = leading(gradient, keep)
         k = min(keep, len(s))
         root = s[:k].sqrt()
-        b, a = -(u[:, :k] * root).cpu(), (root[:, None] * vh[:k]).cpu()  # a step against the gradient
-        return Spectrum(s[:k].cpu(), null, float(s.square().sum()), a, b)
+        b, a = -u[:, :k] * root, root[:, None] * vh[:k]  # a step against the gradient
+        return Spectrum(s[:k], null, float(gradient.square().sum()), a, b)
 
     def importance(self, weight: Float[Tensor, "d_out d_in"], rows: slice = slice(None)) -> float:
         """mean |W ⊙ G| (GoRA, arXiv 2502.12171)."""

@@ -1,0 +1,140 @@
+"""What stage=measure costs beside plain forward passes over the same images, in one process.
+
+    python benchmarks/measure.py --images 512            Swin-T at 224: gaps and label-free spectra of all 72 layers
+    python benchmarks/measure.py --images 64 --gradient  the gradient pass beside a plain forward and backward
+
+Weights and images are random: they do not change the time. Peak memory is that of the process above its state after
+the plain passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from orca_rank.backbone import adaptable_layers, create_model
+from orca_rank.build import build
+from orca_rank.gradients import collect_gradients
+from orca_rank.ranks import Layer
+from orca_rank.stages.layer_records import Side, gap_records, measurements
+from orca_rank.statistics import collect, module_of
+from orca_rank.task import Task
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+class Peak(threading.Thread):
+    """Resident memory of this process, sampled every 50 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.now()
+        self.most, self.done = self.start_bytes, False
+
+    @staticmethod
+    def now() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def run(self) -> None:
+        while not self.done:
+            self.most = max(self.most, self.now())
+            time.sleep(0.05)
+
+    def stop(self) -> float:
+        self.done = True
+        return (self.most - self.start_bytes) / 2**20
+
+
+def timed(call: Callable[[], object]) -> float:
+    """CPU seconds of this process, which other work on the machine does not stretch as it does wall time."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512, help="of source and of target each")
+    parser.add_argument("--backbone", default="swin_tiny")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--gradient", action="store_true", help="the gradient pass instead")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
+        config = compose("config", ["gap=spectra", f"backbone={options.backbone}", "backbone.pretrained=false",
+                                    f"gap.samples={options.images}"])  # fmt: skip
+    gap = config.gap
+    task = Task("classification", (3, 224, 224), (10,))
+    model = create_model(config.backbone, task).eval()
+    layers: list[Layer] = adaptable_layers(model.body, config.layers.target, "separate")
+    modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
+    watched = {name: model.body.get_submodule(name) for name in dict.fromkeys(modules.values())}
+    count = options.images
+    batches = [
+        (torch.randn(min(options.batch, count - i), 3, 224, 224), torch.randint(10, (min(options.batch, count - i),)))
+        for i in range(0, count, options.batch)
+    ]
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for x, _ in batches:
+                model(x)
+
+    def forward_backward() -> None:
+        for x, y in batches:
+            model.zero_grad()
+            task.loss(model(x), y).backward()
+
+    if options.gradient:
+        forward_backward()
+        plain = timed(forward_backward)
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+        peak = Peak()
+        peak.start()
+
+        def head(tokens: torch.Tensor) -> torch.Tensor:
+            return model.predictor(model.body(tokens))
+
+        found = {}
+        passes = timed(lambda: found.update(collect_gradients(
+            model.embedder, head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
+        spectra = timed(lambda: [found[modules[layer.name]].spectrum() for layer in layers])
+        print(
+            f"{count} images, forward + backward {plain:.1f} s; gradient pass {passes:.1f} s, spectra {spectra:.1f} s"
+        )
+        print(f"ratio {(passes + spectra) / plain:.2f}, peak extra memory {peak.stop():.0f} MiB")
+        return
+
+    forward()
+    plain = 2 * timed(forward)  # source and target
+    gap.measurements.gradient = gap.measurements.importance = gap.measurements.fisher = False
+    metrics = {name: build(node) for name, node in gap.metrics.items()}
+    peak = Peak()
+    peak.start()
+    sides: list[Side] = []
+
+    def passes() -> None:
+        for seed in (0, 1):
+            inputs, labels = collect(model, watched, batches, count, tokens=gap.tokens, seed=seed)
+            sides.append(Side(inputs, labels.numpy()))
+
+    collecting = timed(passes)
+    gaps = timed(lambda: gap_records(gap, 0, metrics, *sides, lambda: None))
+    spectra = timed(lambda: measurements(gap, 0, layers, modules, model.body, *sides, None, lambda: None))
+    total = collecting + gaps + spectra
+    print(f"{count} + {count} images, {len(layers)} layers: plain forward {plain:.1f} s")
+    print(f"measured {total:.1f} s: passes {collecting:.1f}, gaps {gaps:.1f}, spectra {spectra:.1f}")
+    print(f"ratio {total / plain:.2f}, peak extra memory {peak.stop():.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
