@@ -48,16 +48,28 @@ class Labelled:
         return self.distances(self)
 
 
-def ground_cost(a: Labelled, b: Labelled, label_distances: Tensor, dtype: torch.dtype) -> Tensor:
-    """‖x_i − y_j‖² + W(c_i, c_j), (n, m), without a graph."""
-    cost = squared_distances(a.x.detach().to(dtype), b.x.detach().to(dtype))
-    if label_distances.numel() > 1 or float(label_distances.detach().abs().max()) > 0:
-        rows = label_distances.detach().to(dtype)[:, b.index]  # (K, m)
+def ground_cost(a: Labelled, b: Labelled, label_distances: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """‖x_i − y_j‖² + W(c_i, c_j) without a graph, up to terms that no plan changes, and what these add to the value.
+
+    Both samples are moved to mean 0, which changes the cost by a constant and by functions of i or j alone; with
+    equal weights these sum to ‖m_x − m_y‖². Far samples then cost no precision.
+    """
+    x, y = a.x.detach().to(dtype), b.x.detach().to(dtype)
+    w = label_distances.detach().to(dtype)
+    if a is b:
+        offset = w.new_zeros(())
+    else:
+        means = x.mean(0), y.mean(0)
+        offset = (means[0] - means[1]).square().sum() + w.min()
+        x, y, w = x - means[0], y - means[1], w - w.min()
+    cost = squared_distances(x, y)  # (n, m)
+    if w.numel() > 1:
+        rows = w[:, b.index]  # (K, m)
         for part, index in zip(cost.split(1024), a.index.split(1024), strict=True):
             part += rows[index]
     if a is b:
         cost.fill_diagonal_(0)
-    return cost
+    return cost, offset
 
 
 def class_mass(plan: Plan, a: Labelled, b: Labelled, shape: torch.Size) -> Tensor:

@@ -48,18 +48,9 @@ class _Own(NamedTuple):
     labels: Tensor | None
 
 
-def _own_term(
-    a: Labelled,
-    label_distances: Tensor,
-    epsilon: float,
-    tolerance: float,
-    limit: int,
-    grad: bool,
-    cost: Tensor | None = None,
-) -> _Own:
+def _own_term(a: Labelled, label_distances: Tensor, epsilon: float, tolerance: float, limit: int, grad: bool) -> _Own:
     dtype = working_dtype(len(a.x), len(a.x), a.x.dtype)
-    cost = ground_cost(a, a, label_distances, dtype) if cost is None else cost
-    plan = solve_symmetric(cost, epsilon, tolerance, limit)
+    plan = solve_symmetric(ground_cost(a, a, label_distances, dtype)[0], epsilon, tolerance, limit)
     if not grad:
         return _Own(plan.value / 2, None, None)
     x = a.x.detach().to(dtype)
@@ -149,8 +140,9 @@ def _sinkhorn(
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     with torch.no_grad():
         dtype = working_dtype(len(a.x), len(b.x), a.x.dtype)
-        plan = solve(ground_cost(a, b, across, dtype), epsilon, tolerance, limit)
-        value, gradients = plan.value.double(), []
+        cost, offset = ground_cost(a, b, across, dtype)
+        plan = solve(cost, epsilon, tolerance, limit)
+        value, gradients = plan.value.double() + offset.double(), []
         if grad:
             x, y, ones_a, ones_b = a.x.to(dtype), b.x.to(dtype), torch.ones_like(plan.f), torch.ones_like(plan.g)
             gradients = [
@@ -159,7 +151,7 @@ def _sinkhorn(
                 class_mass(plan, a, b, across.shape),
             ]
         error, iterations = plan.error, plan.iterations
-        del plan  # its kernel is as large as the cost
+        del plan, cost
         for position, side, within in ((0, a, within_a), (1, b, within_b)):
             if position == 0 and own is not None:
                 value = value - own.double()
@@ -179,9 +171,9 @@ def _sinkhorn(
 def _linear_programme(a: Labelled, b: Labelled) -> OTDDResult:
     across = a.distances(b)
     with torch.no_grad():
-        cost = ground_cost(a, b, across, torch.float64)
+        cost, offset = ground_cost(a, b, across, torch.float64)
         p = exact_plan(cost)
-        value = (p * cost).sum()
+        value = (p * cost).sum() + offset
         plan = Plan(p.sum(1), p.sum(0), p, torch.ones_like(p[:, 0]), 0.0, 0)
         x, y = a.x.double(), b.x.double()
         gradients = (
