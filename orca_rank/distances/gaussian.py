@@ -21,6 +21,15 @@ def factor(x: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
     return mean, (x - mean) / max(x.shape[0] - ddof, 1) ** 0.5
 
 
+def _nuclear_norm(product: Tensor) -> Tensor:
+    """‖M‖_* of a batch (p, r, s). For float32 from the float64 Gram matrix, which is exact enough and faster."""
+    if product.dtype == torch.float64:
+        return torch.linalg.svdvals(product).sum(1)
+    wide = product.double()
+    gram = wide.mT @ wide if product.shape[2] <= product.shape[1] else wide @ wide.mT
+    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum(1).to(product.dtype)
+
+
 class _NuclearNorms(torch.autograd.Function):
     """‖A_i B_jᵀ‖_* of stacked factors A (K, r, d) and B (L, s, d), (K, L); only j > i where `own`."""
 
@@ -32,7 +41,7 @@ class _NuclearNorms(torch.autograd.Function):
             right = b[i + 1 :] if own else b
             product = (left @ right.flatten(0, 1).T).view(len(left), *right.shape[:2]).permute(1, 0, 2)  # (p, r, s)
             if not any(ctx.needs_input_grad):
-                norms[i, len(b) - len(right) :] = torch.linalg.svdvals(product).sum(1)
+                norms[i, len(b) - len(right) :] = _nuclear_norm(product)
                 continue
             u, sigma, vh = torch.linalg.svd(product, full_matrices=False)
             norms[i, len(b) - len(right) :] = sigma.sum(1)
