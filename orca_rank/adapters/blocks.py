@@ -5,8 +5,8 @@ way (a hook, a trained LayerNorm, active dropout, padding, compilation, no gradi
 """
 
 from collections.abc import Callable
-from functools import partial
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def window_attention(attn: nn.Module, norm: nn.Module, x: Tensor, mask: Tensor |
     if mask is not None:
         # timm's mask is -100, whose exponential is a denormal number, and a CPU multiplies those twenty times slower.
         bias = bias + mask.masked_fill(mask <= -100, -torch.inf).unsqueeze(1)  # (nW, heads, T, T)
-    core = partial(attention, heads=attn.num_heads, bias=bias, scale=attn.scale)
+    core = Attention(attn.num_heads, bias, attn.scale)
     return attn.proj_drop(run_after(attn.proj, core, qkv, group=len(bias), reuse=True))
 
 
@@ -143,10 +143,35 @@ def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def attention(qkv: Tensor, heads: int, bias: Tensor, scale: float) -> Tensor:
-    """(n, T, 3C) -> (n, T, C)."""
-    q, k, v = split_heads(qkv, heads)
-    return weighted_sum(attention_weights(q, k, bias, scale), v)
+class Attention(NamedTuple):
+    """Multi-head attention from q, k, v, with its gradient written out: no copies into and out of the fused layout."""
+
+    heads: int
+    bias: Tensor
+    scale: float
+
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """(n, T, 3C) -> (n, T, C)."""
+        q, k, v = split_heads(qkv, self.heads)
+        return weighted_sum(attention_weights(q, k, self.bias, self.scale), v)
+
+    def vjp(self, qkv: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+        """The value, and a function from its gradient to that of qkv."""
+        q, k, v = split_heads(qkv, self.heads)
+        weights = attention_weights(q, k, self.bias, self.scale)
+
+        def pull(du: Tensor) -> list[Tensor]:
+            n, t, _ = qkv.shape
+            do = du.view(n, t, self.heads, -1).transpose(1, 2).contiguous()  # (n, heads, T, C/heads)
+            ds = torch.ops.aten._softmax_backward_data(do @ v.mT, weights, -1, weights.dtype).mul_(self.scale)
+            dqkv = torch.empty_like(qkv)
+            dq, dk, dv = dqkv.view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            dq.copy_(ds @ k)
+            dk.copy_(ds.mT @ q)
+            dv.copy_(weights.mT @ do)
+            return [dqkv]
+
+        return weighted_sum(weights, v), pull
 
 
 def vit_block(block: nn.Module, x: Tensor, *args: Tensor, **options: Tensor) -> Tensor:

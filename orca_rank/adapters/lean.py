@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     """How a `LeanLinear` works: everything about it that is no tensor.
 
     Args:
-        before: a deterministic function of the inputs with frozen parameters, or None for u = inputs[0].
+        before: a deterministic function of the inputs with frozen parameters, or None for u = inputs[0]. If it has a
+            method ``vjp(*inputs) -> (u, pull)``, ``pull(du)`` gives the inputs' gradients in place of autograd.
         rows: for each B, the rows of W₀ that it adapts; the rows of A belong to the Bs in their order.
         dense: form W₀ + BA (see `prefers_dense`).
         group: how many entries of dimension 0 ``before`` must see together.
@@ -86,20 +87,24 @@ class LeanLinear(torch.autograd.Function):
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         w = plan.matrix(weight, a, bs)
         own_bias = None if bias is None else bias.to(plan.dtype)
+        # Where the Bs cover every output, the bias rides on their product and costs no pass over y of its own.
+        rides = own_bias is not None and not plan.dense and sum(len(b) for b in bs) == len(w)
+        wide = [torch.cat([b, own_bias[part, None]], 1) for part, b in zip(plan.rows, bs, strict=True)] if rides else bs
         y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(w), dtype=plan.dtype)
         z = None if keeps_inputs or plan.dense or not learns_b else y.new_empty(len(y), len(a))
         for entries, rows in plan.chunks(inputs[0]):
             given = [x[entries] for x in inputs]
             u = (given[0] if plan.before is None else plan.before(*given)).reshape(-1, a.shape[1]).to(plan.dtype)
             y_own = y[rows]
-            if own_bias is None:
+            if own_bias is None or rides:
                 torch.mm(u, w.T, out=y_own)
             else:
                 torch.addmm(own_bias, u, w.T, out=y_own)
             if not plan.dense:
                 z_own = u @ a.T  # (n, R)
-                for part, b, z_part in zip(plan.rows, bs, _split(z_own, bs, 1), strict=True):
-                    y_own[:, part].addmm_(z_part, b.T)
+                ones = [z_own.new_ones(len(z_own), 1)] if rides else []
+                for part, b, z_part in zip(plan.rows, wide, _split(z_own, bs, 1), strict=True):
+                    y_own[:, part].addmm_(torch.cat([z_part, *ones], dim=1), b.T)
                 if z is not None:
                     z[rows] = z_own
         ctx.plan = plan
@@ -125,7 +130,7 @@ class LeanLinear(torch.autograd.Function):
         like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shapes[0])
         for entries, rows in plan.chunks(like):
             given = [x[entries] for x in inputs] if ctx.keeps_inputs else []
-            u, leaves = _rebuild(plan, given, wanted, ctx.autocast)
+            u, pull = _rebuild(plan, given, wanted, ctx.autocast)
             flat = None if u is None else u.detach().reshape(-1, a.shape[1]).to(plan.dtype)
             dy_own = dy[rows]
             if plan.dense:
@@ -143,8 +148,7 @@ class LeanLinear(torch.autograd.Function):
                     da.addmm_(dz, flat)
                 du = (dy_own @ w).addmm_(dz.T, a) if any(wanted) else None
             if du is not None:
-                grads = _pass_on(plan, u, du, leaves)
-                _write(dx, grads, entries, ctx.shapes, inputs if plan.reuse else None)
+                _write(dx, pull(du), entries, ctx.shapes, inputs if plan.reuse else None)
         if plan.dense:
             da = torch.cat([b.T @ dw[part] for part, b in zip(plan.rows, bs, strict=True)])
             dbs = [own @ dw[part].T for part, own in zip(plan.rows, _split(a, bs, 0), strict=True)]
@@ -159,23 +163,23 @@ def _split(stacked: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
 
 def _rebuild(
     plan: Plan, given: Sequence[Tensor], wanted: Sequence[bool], autocast: tuple[str, torch.dtype, bool]
-) -> tuple[Tensor | None, list[Tensor]]:
-    """u again, under the autocast state of the forward pass, on leaves that collect gradients where wanted."""
+) -> tuple[Tensor | None, Callable[[Tensor], Sequence[Tensor | None]]]:
+    """u again, under the autocast state of the forward pass, and what takes its gradient to the inputs."""
     if plan.before is None or not given:
-        return (given[0] if given else None), []
+        return (given[0] if given else None), lambda du: [du]
     device, dtype, enabled = autocast
+    if not enabled and hasattr(plan.before, "vjp"):
+        return plan.before.vjp(*given)
     leaves = [x.detach().requires_grad_(want) for x, want in zip(given, wanted, strict=True)]
     with torch.set_grad_enabled(any(wanted)), torch.autocast(device, dtype, enabled, cache_enabled=False):
-        return plan.before(*leaves), leaves
+        u = plan.before(*leaves)
 
+    def pull(du: Tensor) -> list[Tensor | None]:
+        learning = [leaf for leaf in leaves if leaf.requires_grad]
+        grads = iter(torch.autograd.grad(u, learning, du.reshape(u.shape).to(u.dtype)))
+        return [next(grads) if leaf.requires_grad else None for leaf in leaves]
 
-def _pass_on(plan: Plan, u: Tensor | None, du: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradients of a chunk's inputs from that of u."""
-    if plan.before is None:
-        return [du]
-    learning = [leaf for leaf in leaves if leaf.requires_grad]
-    grads = iter(torch.autograd.grad(u, learning, du.reshape(u.shape).to(u.dtype)))
-    return [next(grads) if leaf.requires_grad else None for leaf in leaves]
+    return u, pull
 
 
 def _write(
