@@ -16,7 +16,8 @@ SMALL = (
     "data=digits",
     "source=digits",
     "backbone.pretrained=false",
-    "~measure.compare.digits_near",
+    "budget.mean_rank=4",
+    "budget.parameters=null",
     "gap.samples=24",
     "gap.bootstrap=4",
     "gap.permutations=9",
@@ -32,6 +33,7 @@ def measured(composed, tmp_path):
 
     def go(*overrides):
         config = composed(*SMALL, *overrides)
+        config.measure.compare = {name: node for name, node in config.measure.compare.items() if name == "near"}
         measure.run(config)
         return tmp_path / "runs" / config.run / "measure"
 
@@ -51,8 +53,7 @@ def test_gaps_and_plan_are_written(measured, capsys):
     layers = [Layer.from_dict(record) for record in found["layers"]]
     assert [layer.name.rpartition(".")[2] for layer in layers[:4]] == ["q", "k", "v", "fc1"]
     for layer in layers:
-        for metric in ("mmd", "sliced"):
-            gap = layer.gap[metric]
+        for gap in (layer.gap["mmd"], layer.gap["sliced"]):
             assert gap["low"] <= gap["value"] <= gap["high"]
             assert 0.1 - 1e-9 <= gap["p"] <= gap["p_family"] + 0.2
         assert layer.measured["weight"]["stable_rank"] > 1
