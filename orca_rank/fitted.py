@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orca_rank.adapters import inject, merge
+from orca_rank.adapters import adapter_state_dict, inject
 from orca_rank.artifacts import read_json, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build
@@ -17,7 +17,7 @@ from orca_rank.task import Normaliser, Task
 
 
 class Fitted(nn.Module):
-    """A fine-tuned model with its adapters merged.
+    """A fine-tuned model, its adapters in place; `orca_rank.adapters.merge(fitted.model.body)` folds them in.
 
     `fitted(x)` maps normalised inputs (B, C, H, W), as the data module of the run yields them, to class scores
     (B, classes) or to a field (B, c, H, W) in physical units.
@@ -61,11 +61,15 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
         )
     if config["adapter"]["method"] == "inject":
         plan = RankPlan.from_dict(read_json(folder / "ranks.json", "stage=finetune"))
-        inject(model.body, plan, adapter=build(config["adapter"]["module"]))
-    unknown = model.load_state_dict(tensors, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"{folder / 'model.safetensors'} holds tensors that this model lacks: {unknown[:3]}")
-    merge(model.body)
+        inject(model.body, plan, adapter=build(metrics["adapter_module"]))
+    result = model.load_state_dict(tensors, strict=False)
+    trained = {f"body.{name}" for name in adapter_state_dict(model.body)}
+    missing = [name for name in result.missing_keys if name in trained or not name.startswith("body.")]
+    if result.unexpected_keys or missing:
+        raise ValueError(
+            f"{folder / 'model.safetensors'} does not fit its own config: it lacks {missing[:3]} and has beside them "
+            f"{result.unexpected_keys[:3]}; run `python -m orca_rank stage=finetune force=true`"
+        )
     return Fitted(model, task, metrics).eval().requires_grad_(False)
 
 

@@ -14,6 +14,9 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from orca_rank import load
+from orca_rank.__main__ import CONF
+from orca_rank.artifacts import write_json, write_tensors
+from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
 from orca_rank.stages import finetune, predict
 
@@ -41,14 +44,24 @@ def folder(config: DictConfig) -> Path:
     return Path(config.paths.runs) / config.run / "finetune" / finetune.tag(config)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dylora", "full", "linear_probe", "norm_only"])
+ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
+OFTEN = ("lora", "dylora", "full", "linear_probe", "norm_only")
+# What these take from stage=measure is tested below.
+MEASURED = ("dylora_ibp", "gated_ibp", "lora_directions")
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in ADAPTERS if name not in MEASURED],
+)
 def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], adapter: str) -> None:
-    config = composed(*TINY, f"adapter={adapter}")
+    qkv = "fused" if "PeftAdapter" in (CONF / "adapter" / f"{adapter}.yaml").read_text() else "separate"
+    config = composed(*TINY, f"adapter={adapter}", f"layers.qkv={qkv}")
     finetune.run(config)
     metrics = json.loads((folder(config) / "metrics.json").read_text())
     assert {"test/error", "val/error", "trainable_parameters", "seconds", "config", "schema"} <= set(metrics)
     assert metrics["trainable_parameters"]["total"] > 0
-    assert (adapter in ("lora", "dylora")) == (folder(config) / "ranks.json").exists()
+    assert (config.adapter.method == "inject") == (folder(config) / "ranks.json").exists()
     with open(folder(config) / "curve.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["epoch"] for row in rows] == ["0", "1"]
@@ -164,3 +177,26 @@ def test_loading_says_what_there_is(composed: Callable[..., DictConfig], tmp_pat
     with pytest.raises(FileNotFoundError, match="lora-uniform-r2"):
         load(folder(config).parents[1], "other")
     assert load(folder(config).parents[1], finetune.tag(config)).metrics["config"]["rank"]["r"] == 2
+
+
+@pytest.mark.parametrize("adapter", MEASURED)
+def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], adapter: str) -> None:
+    config = composed(*TINY, f"adapter={adapter}")
+    with pytest.raises((ValueError, FileNotFoundError), match="stage=measure"):
+        finetune.run(config)
+    body = finetune.build_model(config, build(config.data).task).body
+    layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
+    gap = {"low": 0.0, "high": 9.0, "p": 0.01}
+    records = [{**layer.to_dict(), "gap": {"mmd": {"value": float(i), **gap}}} for i, layer in enumerate(layers)]
+    measured = folder(config).parents[1] / "measure"
+    write_json(measured / "layers.json", {"layers": records})
+    stored = {f"gradient/{layer.name}.A": torch.eye(2, layer.d_in) for layer in layers}
+    write_tensors(measured / "directions.safetensors", stored)
+    finetune.run(config)
+    metrics = json.loads((folder(config) / "metrics.json").read_text())
+    if adapter != "lora_directions":
+        alphas = metrics["adapter_module"]["concentration"]
+        mean = config.adapter.prior.mean
+        expected = [max(mean * i / np.mean(range(len(layers))), 0.01 * mean) for i in range(len(layers))]
+        np.testing.assert_allclose([alphas[layer.name] for layer in layers], expected)
+    load(folder(config).parents[1])

@@ -19,6 +19,7 @@ from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.parts import (
+    adapter_module,
     aligned_embedder,
     audit,
     build_model,
@@ -69,8 +70,9 @@ def run(config: DictConfig) -> None:
     model = build_model(config, task)
     backbone = {"config": resolve_backbone(config), "hash": weights_hash(model.body)}
     injected = config.adapter.method == "inject"
-    plan = make_plan(config, layers_of(config, model.body)) if injected else None
-    make_trainable(model, config, plan)
+    layers = layers_of(config, model.body)
+    plan = make_plan(config, layers) if injected else None
+    make_trainable(model, config, plan, layers)
     audit(model, config)
     counts = count_parameters(model, injected)
     if plan is not None:
@@ -80,6 +82,7 @@ def run(config: DictConfig) -> None:
         )
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
+    rebuilt = _rebuilt(adapter_module(config, layers)) if injected else None
     trainer, best = _trainer(config, folder, task, made_from)
     module = FineTune(
         model,
@@ -102,19 +105,22 @@ def run(config: DictConfig) -> None:
     data.setup("test")
     validation = trainer.validate(module, datamodule=data, verbose=False)[0]
     tested = trainer.test(module, datamodule=data, verbose=False)[0]
-    _write(
-        config,
-        folder,
-        made_from,
-        backbone,
-        model,
-        plan,
-        counts,
-        {**validation, **tested},
-        seconds,
-        trainer.current_epoch,
-        task,
-    )
+    payload = {
+        **validation,
+        **tested,
+        **counts,
+        "seconds": seconds,
+        "epochs": trainer.current_epoch,
+        "metric": task.metric_name,
+        "task": {"kind": task.kind, "input_shape": task.input_shape, "output_shape": task.output_shape},
+        "backbone": backbone,
+        "adapter_module": rebuilt,
+    }
+    if torch.cuda.is_available():
+        payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    _write_model(folder, model, plan, task)
+    # Last of all: its presence means done.
+    write_json(folder / "metrics.json", payload, config=made_from, inputs=_inputs(config, plan))
     Path(best.best_model_path).unlink()
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
@@ -145,45 +151,31 @@ def _trainer(config: DictConfig, folder: Path, task: Task, made_from: Any) -> tu
     return trainer, best
 
 
-def _write(
-    config: DictConfig,
-    folder: Path,
-    made_from: Any,
-    backbone: dict[str, Any],
-    model: OrcaModel,
-    plan: RankPlan | None,
-    counts: dict[str, Any],
-    metrics: dict[str, float],
-    seconds: float,
-    epochs: int,
-    task: Task,
-) -> None:
-    """The trained parts, the plan used, and last of all metrics.json, whose presence means done."""
+def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task) -> None:
+    """The plan used, the adapter in PEFT's layout where it has one, and everything that was trained in our own."""
     tensors = trained_tensors(model)
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
         write_json(folder / "ranks.json", plan.to_dict())
-        _export_peft(model, folder)
+        try:
+            adapters.save_peft(model.body, folder / "adapter")
+        except adapters.NotExpressible as error:
+            console.print(f"no adapter/ in PEFT's layout: {error}", markup=False)
     if task.normaliser is not None:
         tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
     write_tensors(folder / "model.safetensors", tensors)
+
+
+def _inputs(config: DictConfig, plan: RankPlan | None) -> list[Path]:
+    """The files of earlier stages that the result depends on."""
     inputs = [aligned_embedder(config)] if config.embedder.aligned else []
-    payload = {
-        **metrics,
-        **counts,
-        "seconds": seconds,
-        "epochs": epochs,
-        "backbone": backbone,
-        "metric": task.metric_name,
-        "task": {"kind": task.kind, "input_shape": task.input_shape, "output_shape": task.output_shape},
-    }
-    if torch.cuda.is_available():
-        payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
+    measured = stage_folder(config, "measure") / "layers.json"
+    if plan is not None and plan.rule not in ("uniform", "from_file") and measured.exists():
+        inputs.append(measured)
+    return inputs
 
 
-def _export_peft(model: OrcaModel, folder: Path) -> None:
-    try:
-        adapters.save_peft(model.body, folder / "adapter")
-    except adapters.NotExpressible as error:
-        console.print(f"no adapter/ in PEFT's layout: {error}")
+def _rebuilt(module: dict[str, Any]) -> dict[str, Any]:
+    """The adapter's module config for loading: its first values do not matter, so no directions need to be at hand."""
+    module = {name: value for name, value in module.items() if name != "directions"}
+    return {**module, "init": "kaiming"} if module.get("init") == "directions" else module

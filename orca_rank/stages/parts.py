@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from orca_rank.artifacts import plain, read_json, read_tensors, select, stage_fo
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
 from orca_rank.ranks import Budget, Layer, RankPlan
+from orca_rank.ranks.ibp import concentration
+from orca_rank.ranks.rules import gap_values
 from orca_rank.task import Task
 
 # What a model's weights before fine-tuning depend on.
@@ -114,7 +116,40 @@ def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
     return plan
 
 
-def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None) -> None:
+def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any]:
+    """The adapter's module config with what it takes from stage=measure filled in.
+
+    `concentration: gaps` becomes each layer's α_i = mean · (D_i / D̄)^γ of the IBP prior (adapter.prior), and
+    `init: directions` reads the leading directions that the measurement adapter.directions found.
+
+    Raises:
+        ValueError: if the layers carry no such gap. FileNotFoundError: if no directions were stored.
+    """
+    module = plain(config.adapter.module)
+    if module.get("concentration") == "gaps":
+        prior = config.adapter.prior
+        gaps = gap_values(layers, prior.metric, config.adapter.name)
+        alphas = concentration(gaps, prior.mean, prior.gamma).clip(min=0.01 * prior.mean)
+        module["concentration"] = {layer.name: float(a) for layer, a in zip(layers, alphas, strict=True)}
+    if module.get("init") == "directions":
+        module["directions"] = _directions(config, config.adapter.directions)
+    return module
+
+
+def _directions(config: DictConfig, kind: str) -> dict[str, Any]:
+    stored = read_tensors(stage_folder(config, "measure") / "directions.safetensors", "stage=measure gap=all")
+    names = [name.removeprefix(f"{kind}/").removesuffix(".A") for name in stored if name.endswith(".A")]
+    found = {name: stored[f"{kind}/{name}.A"] for name in names if f"{kind}/{name}.A" in stored}
+    if not found:
+        raise FileNotFoundError(
+            f"stage=measure stored no directions of {kind!r}: run `python -m orca_rank stage=measure "
+            f"gap.measurements.{kind}=true force=true`, or choose another adapter.directions"
+        )
+    with_b = {name: stored[f"{kind}/{name}.B"] for name in found if f"{kind}/{name}.B" in stored}
+    return {name: (a, with_b[name]) if name in with_b else a for name, a in found.items()}
+
+
+def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None, layers: Sequence[Layer]) -> None:
     """Freeze the model, then free what the config trains: adapter, embedder, predictor.
 
     Raises:
@@ -123,7 +158,7 @@ def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None) 
     method = config.adapter.method
     model.requires_grad_(False)
     if method == "inject":
-        inject(model.body, plan, adapter=build(config.adapter.module))
+        inject(model.body, plan, adapter=build(adapter_module(config, layers)))
     elif method == "full":
         model.body.requires_grad_(True)
     elif method == "norm":

@@ -33,7 +33,7 @@ def run(config: DictConfig) -> None:
     adapters = config.adapter.method == "inject"
     plan = make_plan(config, layers) if adapters else None
     others = _other_rules(config, layers) if adapters else {}
-    make_trainable(model, config, plan)
+    make_trainable(model, config, plan, layers)
     counts = count_parameters(model, adapters)
     chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [
