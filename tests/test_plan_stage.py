@@ -78,7 +78,7 @@ def test_errors_name_the_option(composed: Callable[..., DictConfig]) -> None:
     with pytest.raises(ValueError, match="stage=measure"):
         plan.run(composed("stage=plan", "rank=proportional"))
     with pytest.raises(ValueError, match="exactly one"):
-        plan.run(composed("stage=plan", "rank=uniform", "budget.parameters=100"))
+        plan.run(composed("stage=plan", "rank=uniform", "budget.total_rank=100"))
 
 
 def test_rules_side_by_side_at_one_budget(composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture) -> None:

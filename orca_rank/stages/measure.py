@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,15 @@ from orca_rank.build import build
 from orca_rank.gradients import Gradients, collect_gradients
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_records import VARIANTS, Side, agreement, classes, gap_records, measurements, placeholder
-from orca_rank.stages.parts import aligned_embedder, bare_model, build_model, make_plan, outline, resolve_backbone
+from orca_rank.stages.parts import (
+    aligned_embedder,
+    bare_model,
+    build_model,
+    grouped,
+    make_plan,
+    outline,
+    resolve_backbone,
+)
 from orca_rank.statistics import collect, module_of
 
 console = Console()
@@ -209,12 +216,7 @@ def _print(layers: Sequence[Layer], plan: RankPlan) -> None:
     for title in ("layer", *(["d_in × d_out"] if wide or not nulls else []), *shown, *nulls, "gap", "rank"):
         table.add_column(title, justify="left" if title in ("layer", "gap") else "right", no_wrap=True)
     largest = max(layer.gap[shown[0]]["value"] for layer in layers)
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        parent, _, part = layer.name.rpartition(".")
-        name = f"{parent} (q k v)" if part in ("q", "k", "v") else layer.name
-        groups.setdefault(re.sub(r"\b(layers|blocks)\.", "", name), []).append(layer)
-    for name, members in groups.items():
+    for name, members in grouped(layers).items():
         first = members[0]
         share = first.gap[shown[0]]["value"] / largest if largest > 0 else 0.0
         counts = [" ".join(str(member.measured[kind]["rank"]) for member in members) for kind in nulls]
@@ -227,13 +229,11 @@ def _print(layers: Sequence[Layer], plan: RankPlan) -> None:
     if nulls:
         console.print(f"{' and '.join(nulls)}: singular values above their noise floor")
     found = agreement(layers)
-    if "depth" in found:
-        pairs = [f"{name} {rho:+.2f}" for name, rho in found["depth"].items() if name != "depth"]
-        console.print(f"rank correlation with depth: {', '.join(pairs)}")
-    first_gap = f"{metrics[0]} gap"
-    if len(found.get(first_gap, {})) > 2:
-        pairs = [f"{name} {rho:+.2f}" for name, rho in found[first_gap].items() if name not in ("depth", first_gap)]
-        console.print(f"rank correlation with the {first_gap}: {', '.join(pairs)}")
+    for name in ("depth", f"{metrics[0]} gap"):
+        others = [other for other in found.get(name, {}) if not any(variant in other for variant in VARIANTS)]
+        pairs = [f"{other} {found[name][other]:+.2f}" for other in others if other not in ("depth", name)]
+        if pairs:
+            console.print(f"rank correlation with {name}: {', '.join(pairs)}")
     console.print(
         f"rule {plan.rule}: mean rank {plan.total_rank / len(layers):.2f}, "
         f"{plan.parameters(layers):,} adapter parameters"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
         if (record["d_in"], record["d_out"]) != (layer.d_in, layer.d_out):
             raise ValueError(f"{path} was measured on another backbone: {layer.name} has another shape there")
     return [Layer.from_dict(measured[layer.name]) for layer in layers]
+
+
+def grouped(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Rows of a table: q, k and v of one matrix together, under names without what every name repeats."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        parent, _, part = layer.name.rpartition(".")
+        name = f"{parent} (q k v)" if part in ("q", "k", "v") else layer.name
+        groups.setdefault(re.sub(r"\b(layers|blocks)\.", "", name), []).append(layer)
+    return groups
 
 
 def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:

@@ -13,7 +13,7 @@ from orca_rank import ranks
 from orca_rank.artifacts import plain, select, stage_folder, write_json
 from orca_rank.build import build
 from orca_rank.ranks import Budget, Layer
-from orca_rank.stages.parts import bare_model, count_parameters, layers_of, make_plan, make_trainable, outline
+from orca_rank.stages.parts import bare_model, count_parameters, grouped, layers_of, make_plan, make_trainable, outline
 
 console = Console()
 
@@ -77,19 +77,24 @@ def _print(
     counts: Mapping[str, Any],
 ) -> None:
     metric = next((name for layer in layers for name in layer.gap), None)
-    table = Table("layer", "d_in × d_out", *([f"gap ({metric})"] if metric else []), "rank", *others, "parameters")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for layer, row in zip(layers, rows, strict=True):
-        gap = [f"{layer.gap[metric]['value']:.3f}"] if metric else []
-        beside = [str(plan[layer.name]) for plan in others.values()]
-        shape = f"{layer.d_in} × {layer.d_out}"
-        table.add_row(layer.name, shape, *gap, str(row["rank"]), *beside, f"{row['parameters']:,}")
+    chosen = {row["name"]: row["rank"] for row in rows}
+    shaped = not others or console.width >= 110
+    titles = [*(["d_in × d_out"] if shaped else []), *([f"gap ({metric})"] if metric else []), "rank", *others]
+    table = Table("layer", *titles, "parameters")
+    for column in table.columns:
+        column.no_wrap, column.justify = True, "left" if column.header == "layer" else "right"
+    for name, members in grouped(layers).items():
+        first = members[0]
+        gap = [f"{first.gap[metric]['value']:.3g}"] if metric else []
+        columns = [" ".join(str(plan[layer.name]) for layer in members) for plan in (chosen, *others.values())]
+        parameters = sum(chosen[layer.name] * layer.cost for layer in members)
+        shape = [f"{first.d_in} × {first.d_out}"] if shaped else []
+        table.add_row(name, *shape, *gap, *columns, f"{parameters:,}")
     if others:
         spent = [f"{sum(plan[layer.name] * layer.cost for layer in layers):,}" for plan in others.values()]
         own = f"{sum(row['parameters'] for row in rows):,}"
         table.add_section()
-        table.add_row("adapter parameters", "", *([""] if metric else []), own, *spent, "")
+        table.add_row("parameters", *[""] * (len(titles) - 1 - len(others)), own, *spent, "")
     console.print(table)
     trained = counts["trainable_parameters"]
     parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
