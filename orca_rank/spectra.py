@@ -6,11 +6,13 @@ Null models draw whole images: tokens of one image are correlated and are never 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
@@ -163,6 +165,27 @@ def intrinsic_dimension(points: Float[Tensor, "n d"]) -> float:
     # The likelihood of the smallest `kept` of n: the others are only known to be larger.
     total = float(logs[:kept].sum() + (len(logs) - kept) * logs[kept - 1])
     return (kept - 1) / total if total > 0 else 0.0
+
+
+def load_directions(path: str | Path, kind: str) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """layer -> A (k, d_in), or a pair of A and B (d_out, k), from measure/directions.safetensors: what an adapter
+    takes as `directions`.
+
+    Args:
+        kind: ot_map, gradient or activation.
+
+    Raises:
+        FileNotFoundError: if the file is not there. ValueError: if it holds no directions of this kind.
+    """
+    option = f"gap.measurements.{kind}=true"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no directions at {path}: run `python -m orca_rank stage=measure` with {option}")
+    tensors = load_file(path)
+    names = [name[len(kind) + 1 : -2] for name in tensors if name.startswith(f"{kind}/") and name.endswith(".A")]
+    if not names:
+        raise ValueError(f"{path} has no {kind} directions: run `python -m orca_rank stage=measure` with {option}")
+    pairs = {name: (tensors[f"{kind}/{name}.A"], tensors.get(f"{kind}/{name}.B")) for name in names}
+    return {name: a if b is None else (a, b) for name, (a, b) in pairs.items()}
 
 
 def _root(tokens: Tensor) -> Tensor:

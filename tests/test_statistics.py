@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from orca_rank.gradients import collect_gradients
-from orca_rank.spectra import activation, intrinsic_dimension, ot_map, transport, upper_bound, weight_ranks
+from orca_rank.spectra import (
+    activation,
+    intrinsic_dimension,
+    leading,
+    load_directions,
+    ot_map,
+    transport,
+    upper_bound,
+    weight_ranks,
+)
 from orca_rank.statistics import collect, module_of
 
 
@@ -194,6 +204,26 @@ def test_activation_spectrum_is_the_svd():
     assert torch.allclose(found.a @ found.a.T, torch.eye(5, dtype=torch.float64), atol=1e-6)
     assert found.rank is None
     assert found.b is None
+
+
+def test_leading_singular_values_of_a_wide_matrix():
+    matrix = torch.randn(3, 90, 120, generator=generator(0), dtype=torch.float64)
+    exact = torch.linalg.svdvals(matrix)[:, 0]
+    found = leading(matrix, 1)[1][:, 0]
+    assert found == pytest.approx(exact, rel=1e-3)
+    assert (found <= exact * (1 + 1e-12)).all()
+
+
+def test_directions_are_read_as_adapters_take_them(tmp_path):
+    path = tmp_path / "directions.safetensors"
+    save_file({"ot_map/x.q.A": torch.ones(2, 3), "ot_map/x.q.B": torch.ones(4, 2), "activation/x.q.A": WEIGHT}, path)
+    a, b = load_directions(path, "ot_map")["x.q"]
+    assert (a.shape, b.shape) == ((2, 3), (4, 2))
+    assert torch.equal(load_directions(path, "activation")["x.q"], WEIGHT)
+    with pytest.raises(ValueError, match=r"gap\.measurements\.gradient=true"):
+        load_directions(path, "gradient")
+    with pytest.raises(FileNotFoundError, match="stage=measure"):
+        load_directions(tmp_path / "none", "ot_map")
 
 
 def test_ranks_of_a_weight():
