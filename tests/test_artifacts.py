@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orca_rank import artifacts
+from orca_rank import artifacts, files
 
 OPTIONS = {"align": {"lr": 0.1, "epochs": 3}, "data": {"root": "/here"}}
 
@@ -39,7 +39,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     artifacts.write_json(path, {"value": 1})
     with pytest.raises(TypeError, match="cannot write"):
         artifacts.write_json(path, {"value": object()})
-    with pytest.raises(RuntimeError, match="half way"), artifacts.atomic(path) as temporary:
+    with pytest.raises(RuntimeError, match="half way"), files.atomic(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("half way")
     assert artifacts.read_json(path, "stage=x")["value"] == 1

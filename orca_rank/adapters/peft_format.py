@@ -8,9 +8,7 @@ Separate q, k, v become one LoRA of the fused matrix: A stacked, B block-diagona
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from orca_rank.adapters.inject import inject
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
+from orca_rank.files import atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -68,24 +67,10 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
     metadata = {"format": "pt", "orca_rank": json.dumps({"parts": parts})}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _placed(folder / WEIGHTS) as path:
+    with atomic(folder / WEIGHTS) as path:
         save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path, metadata)
-    with _placed(folder / CONFIG) as path:
+    with atomic(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-@contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _stack(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:

@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve_all
+from orca_rank.files import atomic
 
 _LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}
 _CHUNK = 16  # samples between two steps of the progress bar
@@ -152,8 +153,6 @@ def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: boo
 
 
 def _write(path: Path, data: DarcyArrays) -> None:
-    from orca_rank.artifacts import atomic  # here, so that worker processes do not import torch
-
     with atomic(path) as temporary, open(temporary, "wb") as stream:
         np.savez(
             stream, coefficient=data.coefficient, solution=data.solution, metadata=np.array(json.dumps(data.metadata))

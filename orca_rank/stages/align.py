@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from orca_rank.artifacts import atomic, finished, key, plain, select, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import finished, key, plain, select, stage_folder, write_csv, write_json, write_tensors
 from orca_rank.backbone import create_model
 from orca_rank.build import build
 from orca_rank.stages.features import (
@@ -133,10 +132,7 @@ class Curve(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         row = {"epoch": trainer.current_epoch, "loss": float(trainer.callback_metrics["loss"]), "lr": self.lr}
         self.rows.append(row)
-        with atomic(self.path) as temporary, open(temporary, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}

@@ -14,9 +14,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank import adapters
-from orca_rank.artifacts import atomic, finished, key, plain, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import finished, key, plain, stage_folder, write_json, write_tensors
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
+from orca_rank.files import atomic
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.parts import (
     adapter_module,

@@ -8,8 +8,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
-from orca_rank.artifacts import atomic, stage_folder
+from orca_rank.artifacts import stage_folder
 from orca_rank.build import build
+from orca_rank.files import atomic
 from orca_rank.fitted import load
 
 

@@ -22,10 +22,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from orca_rank.artifacts import atomic, finished, key, plain, select, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import finished, key, plain, select, stage_folder, write_json, write_tensors
 from orca_rank.build import build
 from orca_rank.data.augment import Augmentation, mix, soft_labels
 from orca_rank.data.module import channel_statistics
+from orca_rank.files import atomic
 from orca_rank.stages.muon import MuonAdamW, parameter_groups
 from orca_rank.stages.pretrain_recipe import ON_THE_SPOT, EpochOrder, Recipe, keep_recipe, lr_factor
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from orca_rank.artifacts import atomic
 from orca_rank.data.augment import Augmentation
+from orca_rank.files import atomic
 
 # For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
 ON_THE_SPOT = {

@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from orca_rank.artifacts import atomic, differences, plain, read_json, stage_folder, write_csv, write_json
+from orca_rank.artifacts import differences, plain, read_json, stage_folder, write_csv, write_json
 from orca_rank.build import build
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
+from orca_rank.files import atomic
 from orca_rank.fitted import load
 from orca_rank.plots import gallery_figure, words
 from orca_rank.stages import report_sections
