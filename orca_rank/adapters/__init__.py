@@ -1,7 +1,8 @@
-"""Adapters for the Linears of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
+"""Adapters for the matrices of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
 
 from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.bottleneck import Bottleneck
+from orca_rank.adapters.conv import AdaptedConv2d
 from orca_rank.adapters.dylora import DyLoRA, cut, evaluate_ranks, set_rank
 from orca_rank.adapters.gated import GatedLoRA, prune
 from orca_rank.adapters.inject import (
@@ -24,6 +25,7 @@ from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
+    "AdaptedConv2d",
     "AdaptedLinear",
     "Additive",
     "Bottleneck",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from orca_rank.adapters.blocks import set_memory
-from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters
+from orca_rank.adapters.conv import AdaptedConv2d, check_adapter, check_convolution
+from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, AdaptedModule, adapted, adapters
 from orca_rank.adapters.lora import LoRA
 from orca_rank.adapters.peft_backed import PeftAdapter, tuner_of
 
@@ -25,14 +26,15 @@ def inject(
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
-    """Adapt the named Linears of ``model`` in place, each at the rank that the plan gives it.
+    """Adapt the named layers of ``model`` in place, each at the rank that the plan gives it.
 
     A name is a module path inside ``model``. ``<module>.q``, ``.k`` and ``.v`` adapt the thirds of a fused Linear
-    (out_features divisible by 3) separately, as LoRA does on models with three matrices. Rank 0 leaves a layer alone.
-    Everything is checked before anything is changed.
+    (out_features divisible by 3) separately, as LoRA does on models with three matrices. A Conv2d (groups=1), such as
+    the patch embedding, takes plain LoRA of its matrix (out, C kh kw). Rank 0 leaves a layer alone. Everything is
+    checked before anything is changed.
 
     Args:
-        model: any module that contains the Linears.
+        model: any module that contains the layers.
         plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
         adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it; or a
             PeftAdapter.
@@ -44,7 +46,8 @@ def inject(
         layer -> adapter for every rank above 0; `describe` prints it.
 
     Raises:
-        KeyError: for a name that is no module. TypeError: for a module that is no Linear, or a rank that is no integer.
+        KeyError: for a name that is no module. TypeError: for a module that is neither Linear nor Conv2d, a rank that
+            is no integer, or another adapter than LoRA on a Conv2d.
         ValueError: for a negative rank, a rank above min(d_in, d_out) unless ``plan.allow_above_full``, a matrix
             adapted both fused and in thirds, or a model that already has adapters.
     """
@@ -66,11 +69,14 @@ def inject(
         }
         for module, (base, parts) in targets.items()
     }
+    for module, (base, _) in targets.items():
+        if isinstance(base, nn.Conv2d):
+            check_adapter(module, build[module][WHOLE])
     if freeze:
         model.requires_grad_(False)
     for module, branches in build.items():
         parent, _, child = module.rpartition(".")
-        setattr(model.get_submodule(parent), child, _host(branches)(targets[module][0], branches))
+        setattr(model.get_submodule(parent), child, _host(targets[module][0], branches)(targets[module][0], branches))
     set_memory(model, memory)
     found = adapters(model)
     log.info("%s", describe(model))
@@ -80,23 +86,29 @@ def inject(
 def _with_peft(model: nn.Module, targets: Mapping[str, Any], adapter: PeftAdapter, freeze: bool) -> dict[str, Any]:
     if thirds := [name for name, (_, parts) in targets.items() if WHOLE not in parts]:
         raise ValueError(f"{thirds[0]}: PEFT adapts whole matrices; adapt q, k and v fused")
+    for name, (base, _) in targets.items():
+        if isinstance(base, nn.Conv2d):
+            check_adapter(name, adapter)
     if not freeze:
         raise ValueError("PEFT freezes the model itself; leave freeze=True")
     model.requires_grad_(False)
     return adapter.into(model, {name: parts[WHOLE] for name, (_, parts) in targets.items()}) if targets else {}
 
 
-def _check(model: nn.Module, ranks: Mapping[str, Any], above: bool) -> dict[str, tuple[nn.Linear, dict[str, int]]]:
-    """Module path -> (Linear, part -> rank above 0), or an error about the first entry that does not fit."""
+def _check(
+    model: nn.Module, ranks: Mapping[str, Any], above: bool
+) -> dict[str, tuple[nn.Linear | nn.Conv2d, dict[str, int]]]:
+    """Module path -> (layer, part -> rank above 0), or an error about the first entry that does not fit."""
     modules = dict(model.named_modules())
-    targets: dict[str, tuple[nn.Linear, dict[str, int]]] = {}
+    targets: dict[str, tuple[nn.Linear | nn.Conv2d, dict[str, int]]] = {}
     named: dict[str, set[str]] = {}
     for name, rank in ranks.items():
         module, part = _resolve(modules, name)
         base = modules[module]
         if isinstance(rank, bool) or not isinstance(rank, Integral):
             raise TypeError(f"{name}: rank is {rank!r}; expected an integer")
-        full = min(base.in_features, base.out_features if part == WHOLE else base.out_features // 3)
+        d_out, d_in = base.weight.flatten(1).shape
+        full = min(d_in, d_out if part == WHOLE else d_out // 3)
         if rank < 0:
             raise ValueError(f"{name}: rank is {rank}; expected 0 or more (0 leaves the layer alone)")
         if rank > full and not above:
@@ -123,16 +135,20 @@ def _resolve(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
             linear = [path for path, found in modules.items() if isinstance(found, nn.Linear)]
             raise KeyError(f"no module is called {name!r}; the Linear layers are {linear[:8]} ({len(linear)} in all)")
     base = modules[module]
-    if not isinstance(base, nn.Linear):
-        raise TypeError(f"{name} is a {type(base).__name__}; only nn.Linear can be adapted")
-    if part != WHOLE and base.out_features % 3:
-        raise ValueError(f"{name}: {module} has {base.out_features} outputs, which do not split into q, k and v")
+    if not isinstance(base, nn.Linear | nn.Conv2d):
+        raise TypeError(f"{name} is a {type(base).__name__}; only nn.Linear and nn.Conv2d can be adapted")
+    if isinstance(base, nn.Conv2d):
+        check_convolution(name, base)
+    if part != WHOLE and (isinstance(base, nn.Conv2d) or base.out_features % 3):
+        raise ValueError(f"{name}: {module} has {len(base.weight)} outputs, which do not split into q, k and v")
     if not base.weight.is_floating_point():
         raise TypeError(f"{name}: its weight is {base.weight.dtype}; expected a floating-point matrix")
     return module, part
 
 
-def _host(branches: Mapping[str, nn.Module]) -> type[AdaptedLinear]:
+def _host(base: nn.Module, branches: Mapping[str, nn.Module]) -> type[AdaptedModule]:
+    if isinstance(base, nn.Conv2d):
+        return AdaptedConv2d
     return getattr(next(iter(branches.values())), "host", None) or AdaptedLinear
 
 
@@ -141,7 +157,9 @@ def _name(module: str, part: str) -> str:
 
 
 def _rows(weight: Tensor, part: str) -> Tensor:
-    return weight.detach() if part == WHOLE else weight.detach().chunk(3)[THIRDS.index(part)]
+    """The matrix that a part adapts; a convolution's is its flattened kernel."""
+    matrix = weight.detach().flatten(1)
+    return matrix if part == WHOLE else matrix.chunk(3)[THIRDS.index(part)]
 
 
 def describe(model: nn.Module) -> str:
@@ -173,7 +191,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unload(model: nn.Module) -> None:
-    """Replace every adapted Linear by a plain one with the weight it has now: call `merge` first to keep ΔW."""
+    """Replace every adapted layer by a plain one with the weight it has now: call `merge` first to keep ΔW."""
     set_memory(model, "plain")
     for name, module in adapted(model).items():
         parent, _, child = name.rpartition(".")

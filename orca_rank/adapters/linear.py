@@ -15,23 +15,14 @@ THIRDS = ("q", "k", "v")
 MEMORY = ("plain", "lean")
 
 
-class AdaptedLinear(nn.Linear):
-    """y = (W₀ + ΔW) x + bias with ΔW the adapters' (Hu et al. 2021).
+class AdaptedModule:
+    """What every layer with adapters has beside its own forward pass; mixed into the class of the layer it replaces.
 
-    It holds the very Parameters of the Linear that it replaces, under the same names, and its adapters in
-    ``branches``: one called ``all``, or some of ``q``, ``k``, ``v`` that each adapt a third of a fused matrix.
-
-    Args:
-        base: the Linear to replace.
-        branches: part -> adapter.
+    It holds the very Parameters of that layer under the same names, and its adapters in ``branches``.
     """
 
-    def __init__(self, base: nn.Linear, branches: Mapping[str, nn.Module]) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+    def _carry(self, base: nn.Module, branches: Mapping[str, nn.Module]) -> None:
         self.branches = nn.ModuleDict(dict(branches))
-        self.memory = "plain"
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base.training)
 
@@ -61,7 +52,54 @@ class AdaptedLinear(nn.Linear):
     def base_weight(self) -> Tensor:
         """W₀, or W₀ plus what the adapters add without learning it."""
         offset = self.assemble({part: branch.offset() for part, branch in self.branches.items()})
-        return self.weight if offset is None else self.weight + offset.to(self.weight.dtype)
+        return self.weight if offset is None else self.weight + offset.to(self.weight.dtype).view_as(self.weight)
+
+    @property
+    def dropout(self) -> float:
+        return next(iter(self.branches.values())).dropout
+
+    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
+        """ΔW of the whole matrix, detached.
+
+        Raises:
+            ValueError: when an adapter is not linear in x and so has no ΔW.
+        """
+        with torch.no_grad():
+            return self.assemble({part: branch.delta_weight() for part, branch in self.branches.items()})
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W ← W₀ + ΔW, once. W₀ is kept aside, so that ``unmerge`` gives its very bits back."""
+        if not self.merged:
+            delta = self.delta_weight()
+            self.unmerged_weight = self.weight.detach().clone()
+            self.weight.add_(delta.to(self.weight.dtype).view_as(self.weight))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """W ← W₀; nothing happens when nothing is merged."""
+        if self.merged:
+            self.weight.copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+
+class AdaptedLinear(AdaptedModule, nn.Linear):
+    """y = (W₀ + ΔW) x + bias with ΔW the adapters' (Hu et al. 2021).
+
+    It holds the very Parameters of the Linear that it replaces, under the same names, and its adapters in
+    ``branches``: one called ``all``, or some of ``q``, ``k``, ``v`` that each adapt a third of a fused matrix.
+
+    Args:
+        base: the Linear to replace.
+        branches: part -> adapter.
+    """
+
+    def __init__(self, base: nn.Linear, branches: Mapping[str, nn.Module]) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.memory = "plain"
+        self._carry(base, branches)
 
     def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
         if self.merged:
@@ -128,34 +166,6 @@ class AdaptedLinear(nn.Linear):
         y = LeanLinear.apply(plan, weight, self.bias, a.to(dtype), *bs, *inputs)
         return y.reshape(*shape, -1)
 
-    @property
-    def dropout(self) -> float:
-        return next(iter(self.branches.values())).dropout
-
-    def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
-        """ΔW of the whole matrix, detached.
-
-        Raises:
-            ValueError: when an adapter is not linear in x and so has no ΔW.
-        """
-        with torch.no_grad():
-            return self.assemble({part: branch.delta_weight() for part, branch in self.branches.items()})
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """W ← W₀ + ΔW, once. W₀ is kept aside, so that ``unmerge`` gives its very bits back."""
-        if not self.merged:
-            delta = self.delta_weight()
-            self.unmerged_weight = self.weight.detach().clone()
-            self.weight.add_(delta.to(self.weight.dtype))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """W ← W₀; nothing happens when nothing is merged."""
-        if self.merged:
-            self.weight.copy_(self.unmerged_weight)
-            self.unmerged_weight = None
-
     def bare(self) -> nn.Linear:
         """A plain Linear over the same Parameters, as they stand (merged or not)."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -163,9 +173,9 @@ class AdaptedLinear(nn.Linear):
         return linear.train(self.training)
 
 
-def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Every adapted Linear of the model by module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+def adapted(model: nn.Module) -> dict[str, AdaptedModule]:
+    """Every adapted layer of the model by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedModule)}
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from orca_rank.adapters.conv import AdaptedConv2d, check_peft
 from orca_rank.adapters.inject import inject
-from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted
+from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
 from orca_rank.files import atomic
@@ -40,7 +41,8 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
         modules_to_save: paths of modules inside ``model`` to store whole.
 
     Raises:
-        NotExpressible: for an adapter whose ΔW is no plain LoRA. KeyError: if a module to save is not there.
+        NotExpressible: for an adapter whose ΔW is no plain LoRA, or a dilated convolution. KeyError: if a module to
+            save is not there.
     """
     if tuner := tuner_of(model):
         raise NotExpressible(f"{tuner.method} is PEFT's own; its trained tensors are in adapter_state_dict(model)")
@@ -51,6 +53,9 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
     modules = adapted(model)
     for name, module in modules.items():
         a, b, scale = _stack(module)
+        if isinstance(module, AdaptedConv2d):
+            check_peft(name, module)
+            a, b = module.kernels(a, b)
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
         ranks[name], scales[name] = a.shape[0], scale
         if WHOLE not in module.branches:
@@ -73,7 +78,7 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _stack(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
+def _stack(module: AdaptedModule) -> tuple[Tensor, Tensor, float]:
     """(A, B, s) of the whole matrix; thirds are stacked, with one common s and what differs from it put into B."""
     plain = {part: branch.plain() for part, branch in module.branches.items()}
     if WHOLE in plain:
@@ -138,6 +143,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Any
 
     Raises:
         FileNotFoundError: if a file is missing. ValueError: for another method than LoRA, or for shapes that differ.
+        NotExpressible: for a convolution that PEFT adapts otherwise.
         KeyError: for tensors that are missing or not expected, or that fit no module.
     """
     folder = Path(folder)
@@ -161,8 +167,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Any
     }
     scaling = "rslora" if config.get("use_rslora") else "lora"
     saved = _saved_modules(model, config.get("modules_to_save") or [], others)
+    _check_shapes(model, layers)
     if not adapted(model):
-        _check_shapes(model, layers)
         make = partial(LoRA, scaling=scaling, dropout=config.get("lora_dropout") or 0.0)
         inject(model, _Plan(ranks), adapter=make)
     found = adapted(model)
@@ -223,12 +229,16 @@ def _check_shapes(model: nn.Module, layers: Mapping[str, tuple[Tensor, Tensor]])
     modules = dict(model.named_modules())
     for name, (a, b) in layers.items():
         base = modules.get(name)
-        if not isinstance(base, nn.Linear):
-            raise KeyError(f"the file adapts {name!r}, which is no Linear of this model")
-        if a.shape[1:] != (base.in_features,) or b.shape != (base.out_features, len(a)):
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise KeyError(f"the file adapts {name!r}, which is no Linear or Conv2d of this model")
+        if isinstance(base, nn.Conv2d):
+            check_peft(name, base)
+        d_out, *rest = base.weight.shape
+        ones = [1] * (len(rest) - 1)  # the kernel of a convolution's B
+        if list(a.shape[1:]) != rest or list(b.shape) != [d_out, len(a), *ones]:
             raise ValueError(
-                f"{name}: the file has A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, {base.in_features}) and "
-                f"({base.out_features}, r)"
+                f"{name}: the file has A {tuple(a.shape)} and B {tuple(b.shape)}; expected {('r', *rest)} and "
+                f"{(d_out, 'r', *ones)}"
             )
 
 
@@ -241,7 +251,7 @@ def _alpha(config: Mapping[str, Any], name: str) -> float:
 
 
 @torch.no_grad()
-def _fill(name: str, module: AdaptedLinear, a: Tensor, b: Tensor, alpha: float, scaling: str) -> None:
+def _fill(name: str, module: AdaptedModule, a: Tensor, b: Tensor, alpha: float, scaling: str) -> None:
     """Copy a layer's tensors into its adapters; thirds are cut out of the stacked form."""
     if module.merged:
         raise ValueError(f"{name} is merged; call unmerge(model) before loading other adapters")
@@ -250,6 +260,7 @@ def _fill(name: str, module: AdaptedLinear, a: Tensor, b: Tensor, alpha: float, 
     total = sum(branch.rank for branch in module.branches.values())
     if total != len(a):
         raise ValueError(f"{name}: the file has rank {len(a)}, the model's adapter {total}")
+    a, b = a.flatten(1), b.flatten(1)
     scale, start = scale_of(alpha, len(a), scaling), 0
     for part, branch in module.branches.items():
         inside = slice(start, start + branch.rank)
