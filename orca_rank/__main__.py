@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import hydra
+import torch
 from omegaconf import DictConfig
+from threadpoolctl import threadpool_limits
 
 from orca_rank.build import build
 
@@ -19,6 +21,9 @@ CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).pa
 def main(config: DictConfig) -> None:
     """Run the configured stage; an error is one message on stderr and exit status 1."""
     try:
+        if config.threads is not None:
+            threadpool_limits(int(config.threads))
+            torch.set_num_threads(int(config.threads))
         build(config.stage)(config)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from the last checkpoint")
