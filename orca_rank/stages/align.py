@@ -29,7 +29,7 @@ from orca_rank.stages.features import (
     token_mean,
 )
 from orca_rank.stages.held_out import Distances, compare, sentence
-from orca_rank.stages.parts import aligned_embedder, resolve_backbone
+from orca_rank.stages.parts import aligned_embedder, close_logger, resolve_backbone
 
 console = Console()
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -255,4 +255,5 @@ def _fit(config: DictConfig, module: Align, folder: Path) -> int:
     )
     module.embedder.train()
     trainer.fit(module, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    close_logger(trainer)
     return trainer.current_epoch

@@ -24,6 +24,7 @@ from orca_rank.stages.parts import (
     aligned_embedder,
     audit,
     build_model,
+    close_logger,
     count_parameters,
     finetune_config,
     layers_of,
@@ -92,6 +93,8 @@ def run(config: DictConfig) -> None:
         {**plain(config.finetune), "lr_ratio": config.adapter.get("lr_ratio") or 1.0},
         int(config.seed),
     )
+    if trainer.logger is not None:
+        trainer.logger.log_hyperparams(plain(made_from))
     started = time.perf_counter()
     last = folder / "last.ckpt"
     if config.force:
@@ -122,6 +125,7 @@ def run(config: DictConfig) -> None:
     _write_model(folder, model, plan, task)
     # Last of all: its presence means done.
     write_json(folder / "metrics.json", payload, config=made_from, inputs=_inputs(config, plan))
+    close_logger(trainer)
     Path(best.best_model_path).unlink()
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)

@@ -216,6 +216,13 @@ def audit(model: OrcaModel, config: DictConfig) -> None:
         )
 
 
+def close_logger(trainer: L.Trainer) -> None:
+    """End a tracked run: W&B would give an open one to the next job of a sweep, which shares the process."""
+    finish = getattr(getattr(trainer.logger, "experiment", None), "finish", None)
+    if finish is not None:
+        finish()
+
+
 def finetune_config(config: DictConfig) -> Mapping[str, Any]:
     """The sections that a fine-tuned model depends on."""
     sections = ["data", "layers", *MODEL_SECTIONS, "predictor", "adapter", "finetune", "trainer"]
