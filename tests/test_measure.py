@@ -71,6 +71,11 @@ def test_a_second_run_measures_nothing_and_makes_the_plan_anew(measured, capsys)
     assert "measure is done" in capsys.readouterr().out
     assert (folder / "layers.json").stat().st_mtime_ns == stamp
     assert set(read(folder / "ranks.json")["ranks"].values()) == {2}
+    measured("rank=proportional", "layers.group=module", "budget.mean_rank=3")
+    assert "measure is done" in capsys.readouterr().out
+    hidden = [rank for name, rank in read(folder / "ranks.json")["ranks"].items() if name.endswith("mlp.fc1")]
+    assert len(hidden) == 3
+    assert max(hidden) - min(hidden) <= 1
     with pytest.raises(ValueError, match="force=true"):
         measured("gap.splits=3")
     measured("gap.splits=3", "force=true")

@@ -246,3 +246,51 @@ def test_greedy_takes_units_in_the_order_of_value_per_cost():
     assert greedy(layers, Budget(total_rank=9), values) == {"a": 5, "b": 4}  # beyond the list: evenly
     # A value that rises is cut to what came before it.
     assert greedy(layers, Budget(total_rank=1), [[1.0, 99.0], [2.0]]) == {"a": 0, "b": 1}
+
+
+NAMES = [f"layers.{s}.blocks.{i}.{kind}" for s in (0, 1) for i in (0, 1) for kind in ("attn.qkv.q", "mlp.fc1")]
+
+
+@pytest.mark.parametrize(
+    ("by", "means"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("block", [0.5, 0.5, 2.5, 2.5, 4.5, 4.5, 6.5, 6.5]),
+        ("stage", [1.5] * 4 + [5.5] * 4),
+        ("module", [3, 4] * 4),
+    ],
+)
+def test_a_group_shares_its_mean(by, means):
+    layers = [
+        layer(name, value=float(i), p=(i + 1) / 10, importance=2.0 * i, weight={"stable_rank": 3.0 * i},
+              gradient={"singular_values": [float(i)], "null": 0.1 * i, "energy": 1.0}) for i, name in enumerate(NAMES)
+    ]  # fmt: skip
+    found = ranks.averaged(layers, by)
+    assert [x.gap["mmd"]["value"] for x in found] == means
+    assert [x.measured["importance"] for x in found] == pytest.approx([2 * m for m in means])
+    assert [x.measured["weight"]["stable_rank"] for x in found] == pytest.approx([3 * m for m in means])
+    for own, shared in zip(layers, found, strict=True):
+        assert (shared.name, shared.cost) == (own.name, own.cost)
+        assert shared.measured["gradient"] == own.measured["gradient"]
+        same = [x.gap["mmd"]["p"] for x, y in zip(layers, found, strict=True) if y.gap == shared.gap]
+        assert shared.gap["mmd"]["p"] == min(same)
+    plan = ranks.proportional(found, Budget(total_rank=56))
+    for mean, x in zip(means, found, strict=True):
+        assert abs(plan[x.name] - 56 * mean / sum(means)) <= 1
+
+
+def test_groups_of_layers_outside_blocks_and_of_missing_numbers():
+    layers = [layer("layers.1.downsample.reduction", value=5.0), *(layer(name, value=1.0) for name in NAMES)]
+    assert [x.gap["mmd"]["value"] for x in ranks.averaged(layers, "block")] == [5.0] + [1.0] * 8
+    layers = [Layer("blocks.0.attn.qkv", 4, 4, {"mmd": {"value": 2.0, "p": None}}, {"fisher": 1.0}),
+              Layer("blocks.0.mlp.fc1", 4, 4, {"mmd": {"value": 4.0, "p": 0.1}})]  # fmt: skip
+    found = ranks.averaged(layers, "block")
+    assert found[0].gap == found[1].gap == {"mmd": {"value": 3.0, "p": None}}
+    with pytest.raises(ValueError, match="'mmd'"):
+        ranks.proportional(found, Budget(total_rank=2), p_max=0.05)
+    with pytest.raises(ValueError, match="fisher"):
+        ranks.fisher(found, Budget(total_rank=2))
+    with pytest.raises(ValueError, match="stages"):
+        ranks.averaged(layers, "stage")
+    with pytest.raises(ValueError, match=r"layers\.group"):
+        ranks.averaged(layers, "depth")

@@ -1,5 +1,6 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
+from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, Layer, RankPlan
 from orca_rank.ranks.posterior import posterior
 from orca_rank.ranks.prior_rules import beta_bernoulli, ibp_count, ibp_stick
@@ -22,6 +23,7 @@ __all__ = [
     "Layer",
     "RankPlan",
     "activation",
+    "averaged",
     "beta_bernoulli",
     "fisher",
     "from_file",

@@ -46,6 +46,7 @@ def run(config: DictConfig) -> None:
     folder = stage_folder(config, "measure")
     path = folder / "layers.json"
     made_from = select(config, "data", "source", "backbone", "layers", "embedder", "seed", "gap", "measure")
+    del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
     if finished(path, made_from, force=config.force, made_by="stage=measure"):
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
         layers = [Layer.from_dict(record) for record in read_json(path, "stage=measure")["layers"]]
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> None:
     plan = make_plan(config, layers)
     plan = RankPlan(plan.ranks, plan.rule, plan.budget, plan.options, plan.allow_above_full, file_hash(path))
     ranks = folder / "ranks.json"
-    write_json(ranks, plan.to_dict(), config=select(config, "rank", "budget"), inputs=[path])
+    write_json(ranks, plan.to_dict(), config=select(config, "layers", "rank", "budget"), inputs=[path])
     _print(layers, plan)
     console.print(f"written to {path} and {ranks}", soft_wrap=True)
 

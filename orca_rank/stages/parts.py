@@ -16,7 +16,7 @@ from orca_rank.adapters import inject
 from orca_rank.artifacts import plain, read_json, read_tensors, select, stage_folder
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
-from orca_rank.ranks import Budget, Layer, RankPlan
+from orca_rank.ranks import Budget, Layer, RankPlan, averaged
 from orca_rank.ranks.ibp import concentration
 from orca_rank.ranks.rules import gap_values
 from orca_rank.task import Task
@@ -121,8 +121,9 @@ def grouped(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 
 
 def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
-    """The configured rule applied to the layers under the configured budget, and checked against them."""
-    plan = build(config.rank)(layers, Budget(**plain(config.budget)))
+    """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
+    budget, and checked against them."""
+    plan = build(config.rank)(averaged(layers, config.layers.group), Budget(**plain(config.budget)))
     plan.check(layers)
     return plan
 

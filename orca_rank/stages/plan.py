@@ -58,7 +58,7 @@ def run(config: DictConfig) -> None:
 
 
 def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
-    budget = Budget(**plain(config.budget))
+    budget, layers = Budget(**plain(config.budget)), ranks.averaged(layers, config.layers.group)
     plans = {}
     for name in config.plan.rules:
         if name not in ranks.RULES:
