@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from orca_rank.artifacts import write_json
 from orca_rank.stages import plan
 
 DECODER_FROZEN = {1: 78_720, 2: 150_912, 4: 295_296, 8: 584_064, 16: 1_161_600, 64: 4_626_816, 1024: 73_931_136}
@@ -75,8 +76,6 @@ def test_errors_name_the_option(composed: Callable[..., DictConfig]) -> None:
         plan.run(composed("stage=plan", "rank=uniform", "rank.r=100000"))
     with pytest.raises(ValueError, match="matches none"):
         plan.run(composed("stage=plan", "rank=uniform", "rank.r=1", "layers.target=nothing"))
-    with pytest.raises(ValueError, match="stage=measure"):
-        plan.run(composed("stage=plan", "rank=proportional"))
     with pytest.raises(ValueError, match="exactly one"):
         plan.run(composed("stage=plan", "rank=uniform", "budget.total_rank=100"))
 
@@ -88,3 +87,18 @@ def test_rules_side_by_side_at_one_budget(composed: Callable[..., DictConfig], c
     assert "proportional is left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unifrom"):
         plan.run(composed("stage=plan", "rank=uniform", "plan.rules=[unifrom]"))
+
+
+def test_before_measuring_a_rule_of_gaps_shows_the_uniform_plan_and_says_so(
+    composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture
+) -> None:
+    config = composed("stage=plan", "rank=proportional")
+    content = planned(config)
+    assert content["rule"] == "uniform"
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nothing is measured yet" in shown
+    assert "stage=measure" in shown
+    records = [{**layer, "gap": {}} for layer in content["layers"]]
+    write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": records})
+    with pytest.raises(ValueError, match="stage=measure"):
+        plan.run(config)

@@ -5,6 +5,7 @@ from orca_rank.ranks.plan import Budget, Layer, RankPlan
 from orca_rank.ranks.posterior import posterior
 from orca_rank.ranks.prior_rules import beta_bernoulli, ibp_count, ibp_stick
 from orca_rank.ranks.rules import (
+    MissingMeasurement,
     fisher,
     from_file,
     gelora,
@@ -21,6 +22,7 @@ __all__ = [
     "RULES",
     "Budget",
     "Layer",
+    "MissingMeasurement",
     "RankPlan",
     "activation",
     "averaged",

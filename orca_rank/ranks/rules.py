@@ -17,6 +17,10 @@ from orca_rank.ranks.allocate import share
 from orca_rank.ranks.plan import Budget, Layer, LayerLike, RankPlan, as_layers
 
 
+class MissingMeasurement(ValueError):
+    """A rule reads what stage=measure has not measured."""
+
+
 def uniform(
     layers: Sequence[LayerLike], budget: Budget | None = None, *, r: int | None = None, allow_above_full: bool = False
 ) -> RankPlan:
@@ -212,7 +216,7 @@ def _number(value: Any) -> float:
 def _complain(layers: Sequence[Layer], values: Sequence[float], what: str, rule: str, option: str) -> None:
     missing = [layer.name for layer, value in zip(layers, values, strict=True) if not np.isfinite(value)]
     if missing:
-        raise ValueError(
+        raise MissingMeasurement(
             f"rank rule {rule} needs {what} of every layer; {len(missing)} of {len(layers)} lack it "
             f"({missing[0]}, ...): run `python -m orca_rank stage=measure` with {option}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,7 +13,7 @@ from rich.table import Table
 from orca_rank import ranks
 from orca_rank.artifacts import plain, select, stage_folder, write_json
 from orca_rank.build import build
-from orca_rank.ranks import Budget, Layer
+from orca_rank.ranks import Budget, Layer, RankPlan
 from orca_rank.stages.parts import bare_model, count_parameters, grouped, layers_of, make_plan, make_trainable, outline
 
 console = Console()
@@ -31,7 +32,8 @@ def run(config: DictConfig) -> None:
     model = bare_model(config, outline(build(config.data)))
     layers = layers_of(config, model.body)
     adapters = config.adapter.method == "inject"
-    plan = make_plan(config, layers) if adapters else None
+    measured = stage_folder(config, "measure") / "layers.json"
+    plan = _plan(config, layers, measured) if adapters else None
     others = _other_rules(config, layers) if adapters else {}
     make_trainable(model, config, plan, layers)
     counts = count_parameters(model, adapters)
@@ -49,12 +51,26 @@ def run(config: DictConfig) -> None:
     made_from = select(
         config, "data", "backbone", "layers", "embedder", "predictor", "adapter", "rank", "budget", "plan"
     )
-    measured = stage_folder(config, "measure") / "layers.json"
     path = stage_folder(config, "plan") / "plan.json"
     payload = {**counts, "rule": plan.rule if plan is not None else None, "layers": rows, "rules": others}
     write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
     _print(layers, rows, others, counts)
     console.print(f"written to {path}", soft_wrap=True)
+
+
+def _plan(config: DictConfig, layers: Sequence[Layer], measured: Path) -> RankPlan:
+    """The configured rule's plan; before anything is measured, a uniform one of the same budget, and said so."""
+    try:
+        return make_plan(config, layers)
+    except ranks.MissingMeasurement as error:
+        if measured.exists():
+            raise
+        console.print(
+            f"nothing is measured yet, so this is rank=uniform at the same budget: {error}",
+            soft_wrap=True,
+            markup=False,
+        )
+        return ranks.uniform(layers, Budget(**plain(config.budget))).check(layers)
 
 
 def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
