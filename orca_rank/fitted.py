@@ -42,7 +42,7 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     Raises:
         FileNotFoundError: nothing fine-tuned there. ValueError: several, and no tag to choose by.
     """
-    folder = _choose(Path(run_folder), tag)
+    folder = chosen_folder(Path(run_folder), tag)
     metrics = read_json(folder / "metrics.json", "stage=finetune")
     config = metrics["config"]
     tensors = read_tensors(folder / "model.safetensors", "stage=finetune")
@@ -73,7 +73,8 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     return Fitted(model, task, metrics).eval().requires_grad_(False)
 
 
-def _choose(folder: Path, tag: str | None) -> Path:
+def chosen_folder(folder: Path, tag: str | None) -> Path:
+    """The folder of one finished fine-tune; arguments and errors as in `load`."""
     if (folder / "metrics.json").exists() and tag is None:
         return folder
     done = sorted(path.parent for path in (folder / "finetune").glob("*/metrics.json"))

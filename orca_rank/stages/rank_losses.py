@@ -1,0 +1,110 @@
+"""stage=rank_losses: held-out losses of every rank of every layer of a DyLoRA fine-tune, for rank=posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from orca_rank.adapters import DyLoRA, adapters, set_rank
+from orca_rank.artifacts import stage_folder, write_tensors
+from orca_rank.build import build
+from orca_rank.fitted import Fitted, chosen_folder, load
+from orca_rank.task import Task
+
+console = Console()
+
+
+def run(config: DictConfig) -> None:
+    """Write finetune/<tag>/rank_losses.safetensors, which rank=posterior rank.losses=<it> reads.
+
+    The fine-tune is chosen by finetune.tag; where there is only one, it may stay null. Its model is evaluated on the
+    validation images of config.data, layers × ranks times; nothing is trained.
+
+    Raises:
+        ValueError: if the fine-tune has no DyLoRA layer, or the data are of another task.
+    """
+    folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
+    fitted = load(folder)
+    fitted.to(torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"))
+    data = build(config.data)
+    data.prepare_data()
+    data.setup("fit")
+    if (data.task.kind, data.task.output_shape) != (fitted.task.kind, fitted.task.output_shape):
+        raise ValueError(
+            f"the model was fine-tuned for {fitted.task.kind} {fitted.task.output_shape}, the data are "
+            f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
+        )
+    batches = data.val_dataloader()
+    with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
+        bar = progress.add_task("held-out losses of every rank", total=len(batches))
+        losses = rank_losses(fitted, batches, lambda: progress.advance(bar))
+    path = folder / "rank_losses.safetensors"
+    write_tensors(path, losses)
+    top, images = int(losses["ranks"][-1]), len(batches.dataset)
+    console.print(f"{len(losses) - 1} layers at ranks 0 to {top}, {images} images: {path}", soft_wrap=True)
+
+
+@torch.inference_mode()
+def rank_losses(
+    fitted: Fitted, batches: Iterable[tuple[Tensor, Tensor]], advance: Callable[[], object] = lambda: None
+) -> dict[str, Tensor]:
+    """The loss of every image with one layer cut to each rank and all others at full rank.
+
+    Args:
+        fitted: a DyLoRA fine-tune. batches: (x, y) of held-out images. advance: called after each batch.
+
+    Returns:
+        layer -> losses (ranks, images), and `ranks` = 0 … the largest r_max. A layer of a smaller r_max repeats its
+        full rank above it; rank 0 is the layer without its adapter.
+
+    Raises:
+        ValueError: if the model has no DyLoRA layer.
+    """
+    body = fitted.model.body
+    layers = {name: adapter for name, adapter in adapters(body).items() if isinstance(adapter, DyLoRA)}
+    if not layers:
+        raise ValueError("held-out losses of every rank need a fine-tune with adapter=dylora, which serves them all")
+    top = max(layer.rank for layer in layers.values())
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    device = next(fitted.parameters()).device
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+
+        def losses(x: Tensor = x, y: Tensor = y) -> Tensor:
+            return image_losses(fitted.task, fitted.model(x), y).cpu()
+
+        full = losses()
+        for name, layer in layers.items():
+            rows = [_switched_off(layer, losses)]
+            for rank in range(1, layer.rank):
+                set_rank(body, {name: rank})
+                rows.append(losses())
+            set_rank(body, {name: layer.rank})
+            rows += [full] * (top + 1 - len(rows))
+            found[name].append(torch.stack(rows))
+        advance()
+    return {"ranks": torch.arange(top + 1)} | {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
+def image_losses(task: Task, prediction: Tensor, target: Tensor) -> Float[Tensor, " b"]:
+    """The task's loss of every image: cross-entropy, or the relative L2 error after decoding."""
+    if task.kind == "classification":
+        return F.cross_entropy(prediction.float(), target, reduction="none")
+    return task.metric(prediction, target)
+
+
+def _switched_off(layer: DyLoRA, evaluate: Callable[[], Tensor]) -> Tensor:
+    """`evaluate()` with ΔW = 0 in this layer."""
+    kept = layer.lora_B.detach().clone()
+    try:
+        layer.lora_B.zero_()
+        return evaluate()
+    finally:
+        layer.lora_B.copy_(kept)
