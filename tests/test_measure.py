@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,3 +155,26 @@ def test_agreement_is_spearmans():
     assert found["depth"]["fisher"] == -1
     assert found["fisher"]["gradient rank"] == -1
     assert "stable rank" not in found  # constant: no order
+
+
+@pytest.mark.parametrize("group", ["block", "module"])
+def test_a_vit_is_measured(measured, group):
+    vit = ("backbone=vit_small", "backbone.pretrained=false", "+backbone.options.img_size=16",
+           "+backbone.options.patch_size=8", "+backbone.options.embed_dim=24", "+backbone.options.depth=2",
+           "+backbone.options.num_heads=2")  # fmt: skip
+    few = ("gap=spectra", "gap.samples=24", "gap.tokens=4", "gap.null_splits=3", "gap.sign_draws=3")
+    folder = measured(*vit, *few, r"layers.target='(attn\.qkv|mlp\.fc1)$'", "rank=importance", f"layers.group={group}")
+    layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
+    parts = ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")
+    assert [layer.name for layer in layers] == [f"blocks.{block}.{part}" for block in (0, 1) for part in parts]
+    assert all(layer.measured["gradient"]["energy"] > 0 for layer in layers)
+    plan = RankPlan.from_dict({**read(folder / "ranks.json"), "schema": 1}).check(layers)
+    assert plan.total_rank == 4 * len(layers)
+    first, last = (np.array([plan[f"blocks.{block}.{part}"] for part in parts]) for block in (0, 1))
+    if group == "module":
+        assert abs(first - last).max() <= 1
+    else:
+        assert np.ptp(first) <= 1
+        assert np.ptp(last) <= 1
+    with pytest.raises(ValueError, match=r"layers\.group=stage"):
+        measured(*vit, *few, r"layers.target='(attn\.qkv|mlp\.fc1)$'", "rank=importance", "layers.group=stage")
