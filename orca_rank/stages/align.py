@@ -29,7 +29,7 @@ from orca_rank.stages.features import (
     token_mean,
 )
 from orca_rank.stages.held_out import Distances, compare, sentence
-from orca_rank.stages.parts import aligned_embedder, close_logger, resolve_backbone
+from orca_rank.stages.parts import aligned_embedder, close_logger, device_of, resolve_backbone
 
 console = Console()
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -176,8 +176,7 @@ def run(config: DictConfig) -> None:
     data = prepared(config.data)
     torch.manual_seed(config.seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
-    wanted = config.trainer.get("accelerator", "auto")
-    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     source = source_features(config, device)
     train = plain_loader(data, "train", 64)
     y = targets(train.dataset, train.collate_fn)
@@ -196,8 +195,7 @@ def run(config: DictConfig) -> None:
     before = held_out()
     epochs = 0
     if options["objective"] is not None:
-        where = "cpu" if device.type == "cpu" else "cuda"
-        objective = build(config.align.objective, source=source.features.to(where), label=source.labels.to(where))
+        objective = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
         module = Align(
             embedder, objective, train.dataset, train.collate_fn, labels, source,
             build(config.align.optimizer), options, folder, int(config.seed), key(made_from),

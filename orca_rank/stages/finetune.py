@@ -74,7 +74,8 @@ def run(config: DictConfig) -> None:
     injected = config.adapter.method == "inject"
     layers = layers_of(config, model.body)
     plan = make_plan(config, layers) if injected else None
-    make_trainable(model, config, plan, layers)
+    adapter = adapter_module(config, layers) if injected else None
+    make_trainable(model, config, plan, adapter)
     audit(model, config)
     counts = count_parameters(model, injected)
     if plan is not None:
@@ -84,7 +85,6 @@ def run(config: DictConfig) -> None:
         )
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
-    rebuilt = _rebuilt(adapter_module(config, layers)) if injected else None
     trainer, best = _trainer(config, folder, task, made_from)
     module = FineTune(
         model,
@@ -118,7 +118,7 @@ def run(config: DictConfig) -> None:
         "metric": task.metric_name,
         "task": {"kind": task.kind, "input_shape": task.input_shape, "output_shape": task.output_shape},
         "backbone": backbone,
-        "adapter_module": rebuilt,
+        "adapter_module": _rebuilt(adapter) if adapter is not None else None,
     }
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()

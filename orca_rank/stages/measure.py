@@ -24,6 +24,7 @@ from orca_rank.stages.parts import (
     aligned_embedder,
     bare_model,
     build_model,
+    device_of,
     grouped,
     make_plan,
     outline,
@@ -141,11 +142,6 @@ def _ready(config: DictConfig, node: DictConfig) -> L.LightningDataModule:
     return data
 
 
-def _device(config: DictConfig) -> torch.device:
-    wanted = config.trainer.get("accelerator", "auto")
-    return torch.device("cuda" if wanted in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
-
-
 def _watched(model: OrcaModel, modules: Mapping[str, str]) -> dict[str, torch.nn.Module]:
     return {name: model.body.get_submodule(name) for name in dict.fromkeys(modules.values())}
 
@@ -165,7 +161,7 @@ def _pass(
     name: str,
 ) -> Side:
     """Images through embedder and body: what reaches every adaptable module."""
-    device = _device(config)
+    device = device_of(config)
     model = model.eval().to(device)
     loader, samples = _images(config, data)
     inputs, labels = collect(
@@ -185,7 +181,7 @@ def _gradients(
     config: DictConfig, model: OrcaModel, data: L.LightningDataModule, modules: Mapping[str, str], progress: Progress
 ) -> dict[str, Gradients]:
     """The target's loss at the start of fine-tuning, backward to every adaptable module."""
-    device = _device(config)
+    device = device_of(config)
     model = model.eval().to(device).requires_grad_(False)
     loader, samples = _images(config, data)
     return collect_gradients(

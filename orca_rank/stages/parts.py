@@ -19,6 +19,7 @@ from orca_rank.build import build
 from orca_rank.ranks import Budget, Layer, RankPlan, averaged
 from orca_rank.ranks.ibp import concentration
 from orca_rank.ranks.rules import gap_values
+from orca_rank.spectra import load_directions
 from orca_rank.task import Task
 
 # What a model's weights before fine-tuning depend on.
@@ -72,6 +73,29 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
 def outline(data: L.LightningDataModule) -> Task:
     """The task of a data module, without loading the data where the module can tell its shapes beforehand."""
     return getattr(data, "outline", None) or data.task
+
+
+def data_for(config: DictConfig, task: Task, stage: str) -> L.LightningDataModule:
+    """The run's data, set up for "fit" or "test", for a model that was fine-tuned for `task`.
+
+    Raises:
+        ValueError: if the data are of another task.
+    """
+    data = build(config.data)
+    data.prepare_data()
+    data.setup(stage)
+    if (data.task.kind, data.task.output_shape) != (task.kind, task.output_shape):
+        raise ValueError(
+            f"the model was fine-tuned for {task.kind} {task.output_shape}, the data are "
+            f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
+        )
+    return data
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Where a stage computes without a Trainer: the GPU, if there is one and trainer.accelerator allows it."""
+    wanted = config.trainer.get("accelerator", "auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def aligned_embedder(config: DictConfig) -> Path:
@@ -135,7 +159,7 @@ def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any
     `init: directions` reads the leading directions that the measurement adapter.directions found.
 
     Raises:
-        ValueError: if the layers carry no such gap. FileNotFoundError: if no directions were stored.
+        ValueError: if the layers carry no such gap, or no such directions were stored. FileNotFoundError: if none were.
     """
     module = plain(config.adapter.module)
     if module.get("concentration") == "gaps":
@@ -144,25 +168,15 @@ def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any
         alphas = concentration(gaps, prior.mean, prior.gamma).clip(min=0.01 * prior.mean)
         module["concentration"] = {layer.name: float(a) for layer, a in zip(layers, alphas, strict=True)}
     if module.get("init") == "directions":
-        module["directions"] = _directions(config, config.adapter.directions)
+        stored = stage_folder(config, "measure") / "directions.safetensors"
+        module["directions"] = load_directions(stored, config.adapter.directions)
     return module
 
 
-def _directions(config: DictConfig, kind: str) -> dict[str, Any]:
-    stored = read_tensors(stage_folder(config, "measure") / "directions.safetensors", "stage=measure gap=all")
-    names = [name.removeprefix(f"{kind}/").removesuffix(".A") for name in stored if name.endswith(".A")]
-    found = {name: stored[f"{kind}/{name}.A"] for name in names if f"{kind}/{name}.A" in stored}
-    if not found:
-        raise FileNotFoundError(
-            f"stage=measure stored no directions of {kind!r}: run `python -m orca_rank stage=measure "
-            f"gap.measurements.{kind}=true force=true`, or choose another adapter.directions"
-        )
-    with_b = {name: stored[f"{kind}/{name}.B"] for name in found if f"{kind}/{name}.B" in stored}
-    return {name: (a, with_b[name]) if name in with_b else a for name, a in found.items()}
-
-
-def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None, layers: Sequence[Layer]) -> None:
-    """Freeze the model, then free what the config trains: adapter, embedder, predictor.
+def make_trainable(
+    model: OrcaModel, config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any] | None
+) -> None:
+    """Freeze the model, then free what the config trains: adapter (see `adapter_module`), embedder, predictor.
 
     Raises:
         ValueError: for an unknown adapter.method.
@@ -170,7 +184,7 @@ def make_trainable(model: OrcaModel, config: DictConfig, plan: RankPlan | None, 
     method = config.adapter.method
     model.requires_grad_(False)
     if method == "inject":
-        inject(model.body, plan, adapter=build(adapter_module(config, layers)))
+        inject(model.body, plan, adapter=build(adapter))
     elif method == "full":
         model.body.requires_grad_(True)
     elif method == "norm":

@@ -14,7 +14,16 @@ from orca_rank import ranks
 from orca_rank.artifacts import plain, select, stage_folder, write_json
 from orca_rank.build import build
 from orca_rank.ranks import Budget, Layer, RankPlan
-from orca_rank.stages.parts import bare_model, count_parameters, grouped, layers_of, make_plan, make_trainable, outline
+from orca_rank.stages.parts import (
+    adapter_module,
+    bare_model,
+    count_parameters,
+    grouped,
+    layers_of,
+    make_plan,
+    make_trainable,
+    outline,
+)
 
 console = Console()
 
@@ -35,7 +44,7 @@ def run(config: DictConfig) -> None:
     measured = stage_folder(config, "measure") / "layers.json"
     plan = _plan(config, layers, measured) if adapters else None
     others = _other_rules(config, layers) if adapters else {}
-    make_trainable(model, config, plan, layers)
+    make_trainable(model, config, plan, adapter_module(config, layers) if adapters else None)
     counts = count_parameters(model, adapters)
     chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import track
 
 from orca_rank.artifacts import stage_folder
-from orca_rank.build import build
 from orca_rank.files import atomic
 from orca_rank.fitted import load
+from orca_rank.stages.parts import data_for, device_of
 
 
 def run(config: DictConfig) -> None:
@@ -20,16 +20,9 @@ def run(config: DictConfig) -> None:
     The fine-tune is chosen by finetune.tag; where there is only one, it may stay null.
     """
     fitted = load(stage_folder(config, "finetune").parent, config.finetune.tag)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    device = device_of(config)
     fitted.to(device)
-    data = build(config.data)
-    data.prepare_data()
-    data.setup("test")
-    if (data.task.kind, data.task.output_shape) != (fitted.task.kind, fitted.task.output_shape):
-        raise ValueError(
-            f"the model was fine-tuned for {fitted.task.kind} {fitted.task.output_shape}, the data are "
-            f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
-        )
+    data = data_for(config, fitted.task, "test")
     predictions, targets, metrics = [], [], []
     with torch.inference_mode():
         for x, y in track(data.test_dataloader(), "predicting"):

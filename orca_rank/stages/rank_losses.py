@@ -14,8 +14,8 @@ from torch import Tensor
 
 from orca_rank.adapters import DyLoRA, adapters, set_rank
 from orca_rank.artifacts import stage_folder, write_tensors
-from orca_rank.build import build
 from orca_rank.fitted import Fitted, chosen_folder, load
+from orca_rank.stages.parts import data_for, device_of
 from orca_rank.task import Task
 
 console = Console()
@@ -32,15 +32,8 @@ def run(config: DictConfig) -> None:
     """
     folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
     fitted = load(folder)
-    fitted.to(torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"))
-    data = build(config.data)
-    data.prepare_data()
-    data.setup("fit")
-    if (data.task.kind, data.task.output_shape) != (fitted.task.kind, fitted.task.output_shape):
-        raise ValueError(
-            f"the model was fine-tuned for {fitted.task.kind} {fitted.task.output_shape}, the data are "
-            f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
-        )
+    fitted.to(device_of(config))
+    data = data_for(config, fitted.task, "fit")
     batches = data.val_dataloader()
     with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
         bar = progress.add_task("held-out losses of every rank", total=len(batches))
