@@ -3,13 +3,14 @@
     python benchmarks/measure.py --images 512            Swin-T at 224: gaps and label-free spectra of all 72 layers
     python benchmarks/measure.py --images 64 --gradient  the gradient pass beside a plain forward and backward
 
-Weights and images are random: they do not change the time. Peak memory is that of the process above its state after
-the plain passes.
+Weights and images are random: they do not change the time. Peak memory is resident memory above the idle process: for
+gaps and spectra as it is, for gradients less the peak of the plain passes, whose activations they need as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import resource
 import threading
 import time
@@ -31,12 +32,19 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 class Peak(threading.Thread):
-    """Resident memory of this process, sampled every 50 ms."""
+    """The highest resident memory of this process since the start of the block, sampled every 50 ms."""
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes = self.now()
-        self.most, self.done = self.start_bytes, False
+    def __enter__(self) -> Peak:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)
+        trim(0)  # pages that the heap keeps after earlier work would hide what this work takes
+        self.before = self.most = self.now()
+        self.done = False
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done = True
+        self.join()
 
     @staticmethod
     def now() -> int:
@@ -47,9 +55,9 @@ class Peak(threading.Thread):
             self.most = max(self.most, self.now())
             time.sleep(0.05)
 
-    def stop(self) -> float:
-        self.done = True
-        return (self.most - self.start_bytes) / 2**20
+    @property
+    def mib(self) -> float:
+        return (self.most - self.before) / 2**20
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -94,32 +102,30 @@ def main() -> None:
             task.loss(model(x), y).backward()
 
     if options.gradient:
-        forward_backward()
-        plain = timed(forward_backward)
+        with Peak() as usual:
+            forward_backward()
+            plain = timed(forward_backward)
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
-        peak = Peak()
-        peak.start()
 
         def head(tokens: torch.Tensor) -> torch.Tensor:
             return model.predictor(model.body(tokens))
 
         found = {}
-        passes = timed(lambda: found.update(collect_gradients(
-            model.embedder, head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
-        spectra = timed(lambda: [found[modules[layer.name]].spectrum() for layer in layers])
+        with Peak() as peak:
+            passes = timed(lambda: found.update(collect_gradients(
+                model.embedder, head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
+            spectra = timed(lambda: [found[modules[layer.name]].spectrum() for layer in layers])
         print(
             f"{count} images, forward + backward {plain:.1f} s; gradient pass {passes:.1f} s, spectra {spectra:.1f} s"
         )
-        print(f"ratio {(passes + spectra) / plain:.2f}, peak extra memory {peak.stop():.0f} MiB")
+        print(f"ratio {(passes + spectra) / plain:.2f}, peak extra memory {peak.mib - usual.mib:.0f} MiB")
         return
 
     forward()
     plain = 2 * timed(forward)  # source and target
     gap.measurements.gradient = gap.measurements.importance = gap.measurements.fisher = False
     metrics = {name: build(node) for name, node in gap.metrics.items()}
-    peak = Peak()
-    peak.start()
     sides: list[Side] = []
 
     def passes() -> None:
@@ -127,13 +133,14 @@ def main() -> None:
             inputs, labels = collect(model, watched, batches, count, tokens=gap.tokens, seed=seed)
             sides.append(Side(inputs, labels.numpy()))
 
-    collecting = timed(passes)
-    gaps = timed(lambda: gap_records(gap, 0, metrics, *sides, lambda: None))
-    spectra = timed(lambda: measurements(gap, 0, layers, modules, model.body, *sides, None, lambda: None))
+    with Peak() as peak:
+        collecting = timed(passes)
+        gaps = timed(lambda: gap_records(gap, 0, metrics, *sides, lambda: None))
+        spectra = timed(lambda: measurements(gap, 0, layers, modules, model.body, *sides, None, lambda: None))
     total = collecting + gaps + spectra
     print(f"{count} + {count} images, {len(layers)} layers: plain forward {plain:.1f} s")
     print(f"measured {total:.1f} s: passes {collecting:.1f}, gaps {gaps:.1f}, spectra {spectra:.1f}")
-    print(f"ratio {total / plain:.2f}, peak extra memory {peak.stop():.0f} MiB")
+    print(f"ratio {total / plain:.2f}, peak extra memory {peak.mib:.0f} MiB")
 
 
 if __name__ == "__main__":

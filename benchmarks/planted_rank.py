@@ -180,8 +180,8 @@ def measure(
     generator: torch.Generator,
 ) -> list[Layer]:  # fmt: skip
     count = len(source)
-    left, _ = collect(body, linear, [(source, torch.zeros(count))], count, tokens=8)
-    right, _ = collect(body, linear, [train], count, tokens=8)
+    left, _ = collect(body, linear, [(source, torch.zeros(count))], count, tokens=8 * count)
+    right, _ = collect(body, linear, [train], count, tokens=8 * count)
     embed, rest = body.patch_embed, lambda t: body.norm(body.layers(t))
     batches = [(train[0][i : i + 64], train[1][i : i + 64]) for i in range(0, count, 64)]
     gradients: dict[str, Gradients] = collect_gradients(embed, rest, squared, linear, batches, count)

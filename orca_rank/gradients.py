@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from orca_rank.spectra import Spectrum, leading, upper_bound
 
-ELEMENTS = 2**26  # of per-image gradients held at once, 256 MiB in float32
+ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
 
 
 class Gradients:
@@ -35,8 +35,8 @@ class Gradients:
             rows = slice(start, start + step)
             each = g[rows].mT @ x[rows]  # (b, d_out, d_in)
             self.total += each.sum(0)
-            self.squares += each.square().sum((0, 2)).double()
-            self.signed += torch.tensordot(signs[:, rows], each, 1)
+            self.squares += torch.linalg.vector_norm(each, dim=(0, 2)).double().square()
+            self.signed.flatten(1).addmm_(signs[:, rows], each.flatten(1))
         self.sign_sums += signs.sum(1)
         self.count += len(x)
 

@@ -1,6 +1,7 @@
 """One streaming pass over a frozen body: what reaches the input of every adaptable Linear.
 
-Memory is set by `samples`, `tokens` and the widths, not by the size of the dataset.
+Memory is 4 bytes × (samples + tokens) × the sum of the widths, whatever the size of the dataset. The buffers are laid
+out once: small pieces kept between the large temporaries of a forward pass would tear the heap apart (5 × as much).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ class Inputs(NamedTuple):
     """What one Linear received.
 
     pooled: the mean over the tokens of each image, for gaps. tokens: a few tokens of each image at random places, for
-    spectra; the image stays the first axis because tokens of one image are correlated.
+    spectra, of the first p ≤ n images; the image stays the first axis because tokens of one image are correlated.
     """
 
     pooled: Float[Tensor, "n d"]
-    tokens: Float[Tensor, "n t d"]
+    tokens: Float[Tensor, "p t d"]
 
 
 def module_of(layer: str, body: nn.Module) -> str:
@@ -52,7 +53,8 @@ def collect(
     Args:
         model: images (B, C, H, W) -> anything; run without gradients. modules: the Linears to watch, by name.
         batches: (x, y, ...) batches, read only as far as needed. samples: images to keep.
-        tokens: how many tokens of each image to keep for spectra (all, if it has fewer); 0 for none.
+        tokens: how many tokens to keep for spectra in all, the same number of each image (all, if it has fewer) and one
+            of each of the first `tokens` where there are more images than that; 0 for none.
         seed: of the places of the tokens, drawn anew for every batch and module.
         advance: called with the number of images after every batch, for a progress bar.
 
@@ -63,17 +65,21 @@ def collect(
         ValueError: if there are no images, or what reaches a module holds NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
-    pooled: dict[str, list[Tensor]] = {name: [] for name in modules}
-    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+    each, bearers = max(1, tokens // samples), min(samples, tokens)  # tokens of an image, images that give some
+    pooled: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     labels: list[Tensor] = []
     count = 0
 
     def keep(name: str, x: Tensor) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
         x = x.detach().reshape(images, -1, x.shape[-1]).float()
-        pooled[name].append(x.mean(1).cpu())
-        if tokens:
-            place = torch.randperm(x.shape[1], generator=generator)[:tokens]
-            kept[name].append(x[:, place.to(x.device)].cpu())
+        if name not in pooled:
+            pooled[name] = torch.empty(samples, x.shape[2])
+            kept[name] = torch.empty(bearers, min(each, x.shape[1]), x.shape[2])
+        pooled[name][count : count + images] = x.mean(1)
+        if (giving := min(images, bearers - count)) > 0:
+            place = torch.randperm(x.shape[1], generator=generator)[: kept[name].shape[1]]
+            kept[name][count : count + giving] = x[:giving, place.to(x.device)]
 
     with watch(modules, keep), torch.inference_mode():
         for x, y, *_ in batches:
@@ -86,13 +92,10 @@ def collect(
                 break
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
-    result = {}
-    for name in modules:
-        rows = torch.cat(pooled.pop(name))
-        if not torch.isfinite(rows).all():
+    for name, rows in pooled.items():
+        if not torch.isfinite(rows[:count]).all():
             raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")
-        few = torch.cat(kept.pop(name)) if tokens else rows.new_zeros(count, 0, rows.shape[1])
-        result[name] = Inputs(rows.clone(), few.clone())
+    result = {name: Inputs(pooled[name][:count], kept[name][:count]) for name in modules}
     return result, torch.cat(labels)
 
 

@@ -83,9 +83,39 @@ def test_a_second_run_measures_nothing_and_makes_the_plan_anew(measured, capsys)
     assert (folder / "layers.json").stat().st_mtime_ns > stamp
 
 
+def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
+    options = ("gap=spectra", "gap.samples=24", "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3",
+               "+data@measure.compare.near=digits_near")  # fmt: skip
+    whole = measured(*options, "run=whole")
+    done = {"_pass": 0, "_gradients": 0, "gap_records": 0, "measurements": 0}
+
+    def counted(name, original, allowed):
+        def call(*args):
+            if allowed is not None and done[name] == allowed:
+                raise KeyboardInterrupt
+            done[name] += 1
+            return original(*args)
+
+        return call
+
+    originals = {name: getattr(measure, name) for name in done}
+    for stop, allowed in (("_pass", 1), ("_gradients", 0), ("gap_records", 1), ("measurements", 0), ("gap_records", 3)):
+        for name, original in originals.items():
+            monkeypatch.setattr(measure, name, counted(name, original, allowed if name == stop else None))
+        with pytest.raises(KeyboardInterrupt):
+            measured(*options, "run=torn")
+    for name, original in originals.items():
+        monkeypatch.setattr(measure, name, counted(name, original, None))
+    torn = measured(*options, "run=torn")
+    assert done == {"_pass": 3, "_gradients": 1, "gap_records": 4, "measurements": 2}  # two metrics, two targets
+    assert not (torn / "unfinished").exists()
+    assert read(torn / "layers.json")["layers"] == read(whole / "layers.json")["layers"]
+    assert read(torn / "compare" / "near.json") == read(whole / "compare" / "near.json")
+
+
 def test_everything_at_once(measured):
     folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
-                      "gap.tokens=4", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
+                      "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
     layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:
@@ -162,7 +192,7 @@ def test_a_vit_is_measured(measured, group):
     vit = ("backbone=vit_small", "backbone.pretrained=false", "+backbone.options.img_size=16",
            "+backbone.options.patch_size=8", "+backbone.options.embed_dim=24", "+backbone.options.depth=2",
            "+backbone.options.num_heads=2")  # fmt: skip
-    few = ("gap=spectra", "gap.samples=24", "gap.tokens=4", "gap.null_splits=3", "gap.sign_draws=3")
+    few = ("gap=spectra", "gap.samples=24", "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")
     folder = measured(*vit, *few, r"layers.target='(attn\.qkv|mlp\.fc1)$'", "rank=importance", f"layers.group={group}")
     layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
     parts = ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")

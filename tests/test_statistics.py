@@ -48,7 +48,7 @@ def test_collect_keeps_images_apart_and_stops_at_the_limit():
     modules = {"inner": body.inner, "qkv": body.qkv}
     seen = []
     batches = [(x[:4], y[:4]), (x[4:8], y[4:8]), (x[8:], y[8:])]
-    found, labels = collect(body, modules, batches, 7, tokens=3, advance=seen.append)
+    found, labels = collect(body, modules, batches, 7, tokens=21, advance=seen.append)
     assert labels.tolist() == list(range(7))
     assert seen == [4, 3]
     for name in modules:
@@ -58,8 +58,10 @@ def test_collect_keeps_images_apart_and_stops_at_the_limit():
             own = (found[name].tokens[image, :, None] == x[image, None]).all(-1).any(1)
             assert own.all()
     assert not body.inner._forward_pre_hooks
-    few, _ = collect(body, modules, batches, 99, tokens=50)
-    assert few["inner"].tokens.shape == (10, 8, 3)
+    for tokens, images, each in ((5000, 10, 8), (198, 10, 2), (197, 10, 1), (6, 6, 1), (0, 0, 1)):
+        few, _ = collect(body, modules, batches, 99, tokens=tokens)
+        assert few["inner"].pooled.shape == (10, 3)
+        assert few["inner"].tokens.shape == (images, each, 3)
 
 
 def test_collect_refuses_bad_input():

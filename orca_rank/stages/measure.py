@@ -19,7 +19,16 @@ from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, source
 from orca_rank.build import build
 from orca_rank.gradients import Gradients, collect_gradients
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.layer_records import VARIANTS, Side, agreement, classes, gap_records, measurements, placeholder
+from orca_rank.stages.layer_records import (
+    VARIANTS,
+    Record,
+    Side,
+    agreement,
+    classes,
+    gap_records,
+    measurements,
+    placeholder,
+)
 from orca_rank.stages.parts import (
     aligned_embedder,
     bare_model,
@@ -30,6 +39,7 @@ from orca_rank.stages.parts import (
     outline,
     resolve_backbone,
 )
+from orca_rank.stages.unfinished import Unfinished
 from orca_rank.statistics import collect, module_of
 
 console = Console()
@@ -68,34 +78,49 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
     target_data = build(config.data)
     _try_out(config, target_data)
     sets = {"source": _ready(config, config.source), "target": _ready(config, config.data)}
-    others = {name: _ready(config, node) for name, node in config.measure.compare.items()}
-    model = build_model(config, sets["target"].task).eval()
+    compared = {f"compare/{name}": name for name in config.measure.compare}
+    sets |= {key: _ready(config, config.measure.compare[name]) for key, name in compared.items()}
+    model = build_model(config, sets["target"].task).eval().requires_grad_(False)
     layers = adaptable_layers(model.body, config.layers.target, config.layers.qkv)
     modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
     wanted = gap.measurements
     tokens = gap.tokens if wanted.ot_map or wanted.activation else 0
+    used = [aligned_embedder(config)] if config.embedder.aligned else []
+    unfinished = Unfinished(folder, {**made_from, "embedder": [file_hash(path) for path in used]})
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
+
+        def side(name: str, body: OrcaModel, tokens: int) -> Side:
+            return unfinished.part(name, _pass, config, body, sets[name], modules, tokens, progress, name)
+
+        def gaps(name: str, side: Side) -> dict[str, dict[str, Record]]:
+            records: dict[str, dict[str, Record]] = {module: {} for module in source.inputs}
+            for metric, function in metrics.items():
+                bar = _bar(progress, f"{metric}: {name}", len(records))
+                one = {metric: function}
+                found = unfinished.part(f"{name}-{metric}", gap_records, gap, seed, one, source, side, bar)
+                for module, record in found.items():
+                    records[module] |= record
+            return records
+
         torch.manual_seed(seed)  # a body without pretrained weights must be the same on both sides
-        own = source_model(resolve_backbone(config))
-        source = _pass(config, own, sets["source"], modules, tokens, progress, "source")
-        target = _pass(config, model, sets["target"], modules, tokens, progress, "target")
-        needs_labels = wanted.gradient or wanted.importance or wanted.fisher
-        gradients = _gradients(config, model, sets["target"], modules, progress) if needs_labels else None
-        count = len(source.inputs) * len(metrics)
-        gaps = gap_records(gap, seed, metrics, source, target, _bar(progress, "gaps: target", count))
+        source = side("source", source_model(resolve_backbone(config)), tokens)
+        target = side("target", model, tokens)
+        gradients = None
+        if wanted.gradient or wanted.importance or wanted.fisher:
+            gradients = unfinished.part("gradients", _gradients, config, model, sets["target"], modules, progress)
+        found = gaps("target", target)
         rest, directions = measurements(
             gap, seed, layers, modules, model.body, source, target, gradients, _bar(progress, "spectra", len(layers))
         )
-        measured = [Layer(x.name, x.d_in, x.d_out, gaps[modules[x.name]], rest[x.name]) for x in layers]
-        for name, data in others.items():
+        measured = [Layer(x.name, x.d_in, x.d_out, found[modules[x.name]], rest[x.name]) for x in layers]
+        for key, name in compared.items():
             torch.manual_seed(seed)
-            other = create_model(resolve_backbone(config), data.task, config.embedder.init)
-            side = _pass(config, other, data, modules, 0, progress, name)
-            found = gap_records(gap, seed, metrics, source, side, _bar(progress, f"gaps: {name}", count))
+            other = side(key, create_model(resolve_backbone(config), sets[key].task, config.embedder.init), 0)
+            found = gaps(key, other)
             records = [Layer(x.name, x.d_in, x.d_out, found[modules[x.name]]).to_dict() for x in layers]
-            payload = {"name": name, "images": len(side.labels), "layers": records}
+            payload = {"name": name, "images": len(other.labels), "layers": records}
             write_json(folder / "compare" / f"{name}.json", payload, config=made_from)
     if directions:
         write_tensors(folder / "directions.safetensors", directions)
@@ -104,8 +129,8 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
         "agreement": agreement(measured),
         "layers": [layer.to_dict() for layer in measured],
     }
-    used = [aligned_embedder(config)] if config.embedder.aligned else []
     write_json(folder / "layers.json", payload, config=made_from, inputs=used)
+    unfinished.drop()
     return measured
 
 
@@ -161,6 +186,7 @@ def _pass(
     name: str,
 ) -> Side:
     """Images through embedder and body: what reaches every adaptable module."""
+    L.seed_everything(int(config.seed), verbose=False)  # the order of the images, whatever ran before
     device = device_of(config)
     model = model.eval().to(device)
     loader, samples = _images(config, data)
@@ -181,8 +207,9 @@ def _gradients(
     config: DictConfig, model: OrcaModel, data: L.LightningDataModule, modules: Mapping[str, str], progress: Progress
 ) -> dict[str, Gradients]:
     """The target's loss at the start of fine-tuning, backward to every adaptable module."""
+    L.seed_everything(int(config.seed), verbose=False)
     device = device_of(config)
-    model = model.eval().to(device).requires_grad_(False)
+    model = model.eval().to(device)
     loader, samples = _images(config, data)
     return collect_gradients(
         model.embedder,
