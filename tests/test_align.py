@@ -22,6 +22,7 @@ TINY = (
     "data.train_limit=60",
     "source=digits",
     "source.train_limit=60",
+    "backbone=swin_demo",
     "backbone.pretrained=false",
     "backbone.options.embed_dim=8",
     "backbone.options.depths=[1,1]",

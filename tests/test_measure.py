@@ -16,6 +16,7 @@ SMALL = (
     "stage=measure",
     "data=digits",
     "source=digits",
+    "backbone=swin_demo",
     "backbone.pretrained=false",
     "budget.mean_rank=4",
     "budget.parameters=null",

@@ -25,6 +25,7 @@ TINY = (
     "data=digits",
     "data.train_limit=200",
     "data.batch_size=32",
+    "backbone=swin_demo",
     "backbone.pretrained=false",
     "backbone.options.embed_dim=8",
     "backbone.options.depths=[1,1]",

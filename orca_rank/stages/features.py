@@ -110,13 +110,19 @@ def _limited(loader: DataLoader, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
 def source_features(config: DictConfig, device: torch.device) -> Source:
     """Features of up to align.source_samples source images through the pretrained embedder, cached.
 
-    The cache is keyed by the source, the backbone with the embedder's weights, and the number of images.
+    The cache is keyed by the source, the backbone with the embedder's weights, and the number of images. A source that
+    comes embedded needs none.
     """
     options = config.align
     pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
     backbone = resolve_backbone(config)
     torch.manual_seed(config.seed)  # where weights are random, those of every other stage
     embedder = source_model(backbone).embedder
+    data = build(config.source)
+    if getattr(data, "embedded", False):
+        data.check(embedder)
+        tokens = torch.cat([x.flatten(1, -2) for x, _ in _limited(plain_loader(data, "train", 64), max(pool, 1))])
+        return Source(*data.means(int(options.source_samples)), tokens[:pool])
     name = key(
         {
             "source": plain(config.source),
@@ -129,8 +135,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     )
     path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
     if not path.exists():
-        data = prepared(config.source)
-        loader = plain_loader(data, "train", 64)
+        loader = plain_loader(prepared(config.source), "train", 64)
         features, y = embed(embedder, loader, int(options.source_samples), device)
         tokens = features.new_zeros(0, 1, features.shape[1])
         if pool:

@@ -105,7 +105,11 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
             return records
 
         torch.manual_seed(seed)  # a body without pretrained weights must be the same on both sides
-        source = side("source", source_model(resolve_backbone(config)), tokens)
+        own = source_model(resolve_backbone(config))
+        if getattr(sets["source"], "embedded", False):
+            sets["source"].check(own.embedder)
+            own.embedder = torch.nn.Identity()
+        source = side("source", own, tokens)
         target = side("target", model, tokens)
         gradients = None
         if wanted.gradient or wanted.importance or wanted.fisher:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from orca_rank.artifacts import finished, key, plain, select, stage_folder, write_json, write_tensors
+from orca_rank.backbone import source_model
 from orca_rank.build import build
 from orca_rank.data.augment import Augmentation, mix, soft_labels
+from orca_rank.data.embedded import write_embedded
 from orca_rank.data.module import channel_statistics
 from orca_rank.files import atomic
 from orca_rank.stages.muon import MuonAdamW, parameter_groups
@@ -210,19 +212,26 @@ def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, 
 
 
 def run(config: DictConfig) -> None:
-    """Pretrain the configured backbone on the source and write pretrain/weights.safetensors and metrics.json.
+    """Pretrain the configured backbone on the source and write pretrain/weights.safetensors, metrics.json and
+    source.npz, a sample of the source for `source=embedded`.
 
     Raises:
         ValueError: a source that is not a classification of images, or a backbone without a recipe.
     """
     folder, made_from = stage_folder(config, "pretrain"), select(config, "source", "backbone", "seed")
-    if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain"):
-        console.print(f"pretrain is done: {folder / 'weights.safetensors'} (force=true redoes it)", soft_wrap=True)
+    weights, sample = folder / "weights.safetensors", folder / "source.npz"
+    done = finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain")
+    if done and sample.exists():
+        console.print(f"pretrain is done: {weights} (force=true redoes it)", soft_wrap=True)
         return
-    if config.force:
-        (folder / "last.ckpt").unlink(missing_ok=True)
-    _pretrain_on_source(config, folder, made_from)
-    console.print(f"use these weights with backbone.pretrained={folder / 'weights.safetensors'}", soft_wrap=True)
+    if not done:
+        if config.force:
+            (folder / "last.ckpt").unlink(missing_ok=True)
+        _pretrain_on_source(config, folder, made_from)
+    trained = {**plain(config.backbone), "pretrained": str(weights)}
+    write_embedded(sample, source_model(trained).embedder, build(config.source).parts)
+    console.print(f"use these weights with backbone.pretrained={weights}", soft_wrap=True)
+    console.print(f"and source=embedded source.file={sample} where the images are not at hand", soft_wrap=True)
 
 
 def on_source(config: DictConfig) -> Path:
@@ -239,7 +248,13 @@ def _pretrain_on_source(config: DictConfig, folder: Path, made_from: dict[str, A
     options = plain(config.backbone.get("recipe", ON_THE_SPOT))
     options = {**options, "augmentation": {**(options.get("augmentation") or {})}}
     validate_on = options.pop("validate_on", "val")
-    parts = build(config.source).parts
+    source = build(config.source)
+    if getattr(source, "embedded", False):
+        raise ValueError(
+            "the source comes as tokens of another backbone, without images to pretrain on: choose source=digits, "
+            "tiny_imagenet, cifar10_5k, image_folder or arrays"
+        )
+    parts = source.parts
     if parts.task.kind != "classification":
         raise ValueError(f"pretraining needs a source with classes, this one is a {parts.task.kind} task")
     if validate_on not in ("val", "test"):

@@ -11,7 +11,7 @@ _FOLDER = Path(__file__).parent
 
 
 def record(name: str) -> dict[str, Any]:
-    """What is known of a shipped file: sha256, bytes, the backbone's name and options, a recorded output.
+    """What is known of shipped weights: their files, the backbone's name and options, a recorded output.
 
     Raises:
         KeyError: if no such weights are shipped.
@@ -23,23 +23,24 @@ def record(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def shipped(name: str) -> Path:
-    """The path of a shipped safetensors file, after a check of its SHA-256.
+def shipped(name: str, kind: str = "weights") -> Path:
+    """The path of a shipped file, after a check of its SHA-256.
 
     Args:
-        name: such as "swin_micro".
+        name: such as "swin_micro". kind: "weights", or "source" for the sample of source features beside them.
 
     Raises:
         KeyError: if no such weights are shipped. FileNotFoundError, ValueError: if the file is gone or was changed.
     """
-    expected = record(name)["sha256"]
-    path = _FOLDER / f"{name}.safetensors"
+    expected = record(name)[kind]
+    path = _FOLDER / expected["file"]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the installation: install orca_rank again")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
+    if found != expected["sha256"]:
         raise ValueError(
-            f"{path} is not the file that was shipped: SHA-256 {found}, expected {expected}; install orca_rank again, "
-            f"or name your own weights with backbone.pretrained=<path>"
+            f"{path} is not the file that was shipped: SHA-256 {found}, expected {expected['sha256']}; install "
+            f"orca_rank again, or name your own with "
+            f"{'backbone.pretrained' if kind == 'weights' else 'source.file'}=<path>"
         )
     return path
