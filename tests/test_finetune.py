@@ -113,6 +113,9 @@ def test_an_interrupted_run_resumes_to_the_same_result(
         with pytest.raises(RuntimeError, match="went away"):
             finetune.run(broken)
     assert not (folder(broken) / "metrics.json").exists()
+    tag = f"finetune.tag={folder(broken).name}"
+    with pytest.raises(ValueError, match=r"unfinished run with other options \(finetune\.clip: None -> 1\.0"):
+        finetune.run(composed(*options, "run=broken", tag, "finetune.clip=1.0"))
     finetune.run(broken)
 
     expected, got = load_file(folder(whole) / "model.safetensors"), load_file(folder(broken) / "model.safetensors")

@@ -10,7 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from orca_rank.artifacts import plain
+from orca_rank.backbone import source_model
 from orca_rank.data.augment import Augmentation, colour, draw_operations, mix, rectangle, soft_labels
+from orca_rank.data.embedded import Embedded
 from orca_rank.data.image_folder import ImageFolder, read_image
 from orca_rank.stages.muon import MuonAdamW, orthogonalised, parameter_groups
 from orca_rank.stages.pretrain import on_source, pretrain, run, update_average
@@ -325,8 +328,13 @@ def test_the_stage_writes_weights_once_and_its_cached_twin_too(composed, tmp_pat
     run(settings)
     weights = tmp_path / "runs" / "pre" / "pretrain" / "weights.safetensors"
     before = weights.stat().st_mtime_ns
-    run(settings)  # done: not made again
+    sample = weights.with_name("source.npz")
+    embedder = source_model({**plain(settings.backbone), "pretrained": str(weights)}).embedder
+    Embedded(file=str(sample)).check(embedder)
+    sample.unlink()
+    run(settings)  # done: only what is missing is made again
     assert weights.stat().st_mtime_ns == before
+    assert sample.exists()
     cached = on_source(settings)
     assert cached == on_source(settings) and cached.is_relative_to(tmp_path / "runs" / "cache")
     assert {name: value.shape for name, value in load_file(cached).items()} == {

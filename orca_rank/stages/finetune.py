@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank import adapters
-from orca_rank.artifacts import finished, key, plain, stage_folder, write_json, write_tensors
+from orca_rank.artifacts import differences, finished, key, plain, stage_folder, write_json, write_tensors
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.files import atomic
@@ -134,9 +134,12 @@ def run(config: DictConfig) -> None:
 def _trainer(config: DictConfig, folder: Path, task: Task, made_from: Any) -> tuple[L.Trainer, ModelCheckpoint]:
     monitor = f"val/{task.metric_name}"
     mark = folder / "options.json"
-    stale = mark.exists() and json.loads(mark.read_text()) != json.loads(json.dumps(plain(made_from), default=str))
-    if stale and not config.force:
-        raise ValueError(f"{folder} holds a run with other options: choose another finetune.tag, or force=true")
+    changed = sorted(differences(json.loads(mark.read_text()), plain(made_from))) if mark.exists() else []
+    if changed and not config.force:
+        raise ValueError(
+            f"{folder} holds an unfinished run with other options ({'; '.join(changed[:6])}): choose another "
+            f"finetune.tag, or force=true"
+        )
     with atomic(mark) as temporary:
         temporary.write_text(json.dumps(plain(made_from), default=str))
     saving = {"enable_version_counter": False, "save_on_train_epoch_end": True}
