@@ -77,6 +77,7 @@ def _lead(found: RunFolder) -> str:
     names = {part: config.get(part) or {} for part in ("data", "source", "backbone")}
     words = [str(names["backbone"].get("name", ""))]
     words += [f"{part} {str(names[part].get('_target_', '')).rpartition('.')[2]}" for part in ("source", "data")]
+    words[1] += f" {names['source']['file']}" if "file" in names["source"] else ""
     return ", ".join(word for word in words if word.strip() and not word.endswith(" ")).replace("data ", "target ")
 
 
