@@ -7,6 +7,7 @@ here, and the error names the command that mends it.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +36,17 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def contents_hash(paths: Sequence[Path]) -> str:
+    """A short hash of what some files hold, wherever they lie; a file that is not there counts as missing."""
+    return key([_hash_as_of(path, path.stat().st_mtime_ns) if path.is_file() else "missing" for path in paths])
+
+
+@functools.cache
+def _hash_as_of(path: Path, changed: int) -> str:
+    """The stages of one process ask for the same large files again and again."""
+    return file_hash(path)
 
 
 def plain(node: Any) -> Any:

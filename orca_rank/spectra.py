@@ -158,7 +158,10 @@ def intrinsic_dimension(points: Float[Tensor, "n d"]) -> float:
     """
     x = torch.unique(points.double(), dim=0)
     if len(x) < 10:
-        raise ValueError(f"TwoNN needs at least 10 different images, got {len(x)}")
+        raise ValueError(
+            f"TwoNN needs at least 10 different images, got {len(x)}: give more, or set "
+            f"gap.measurements.intrinsic_dimension=false"
+        )
     nearest = torch.cdist(x, x).fill_diagonal_(float("inf")).topk(2, largest=False).values  # (n, 2)
     logs = (nearest[:, 1] / nearest[:, 0]).log().sort().values
     kept = int(0.9 * len(logs))

@@ -155,9 +155,43 @@ def test_a_rule_without_its_measurement_fails_before_any_work(measured, tmp_path
             measured(f"rank={rule}")
     with pytest.raises(ValueError, match=r"'energy' among gap\.metrics"):
         measured("rank=proportional", "rank.metric=energy")
-    with pytest.raises(ValueError, match="variants"):
-        measured("gap.variants=[whiter]")
+    with pytest.raises(ValueError, match="p-value"):
+        measured("rank=proportional", "rank.p_max=0.05", "gap.permutations=0")
+    for option, words in (
+        ("gap.variants=[whiter]", "variants"),
+        ("+gap.measurements.otmap=true", r"otmap; there are weight, ot_map"),
+        ("+gap.metrics.mmd.kernel=3", r"mmd does not take kernel"),
+        ("gap.samples=0", r"gap\.samples must be an integer of at least 8, received 0"),
+        ("gap.slow.permutations=-1", r"gap\.slow\.permutations"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measured(option)
     assert not (tmp_path / "runs" / "demo" / "measure").exists()
+
+
+def test_other_contents_of_a_file_are_other_data(measured, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(40, 3, 8, 8)).astype("float32"), np.arange(40) % 2
+    file = tmp_path / "mine.npz"
+    arrays = ("data=arrays", f"data.root={tmp_path}", "data.train=mine.npz", "gap.bootstrap=0")
+    np.savez(file, x=x, y=y)
+    before = read(measured(*arrays, "run=a") / "layers.json")["layers"]
+    np.savez(file, x=x * x[0], y=y)
+    with pytest.raises(ValueError, match=r"contents\.data.*force=true"):
+        measured(*arrays, "run=a")
+    after = read(measured(*arrays, "run=b") / "layers.json")["layers"]
+    assert after[0]["gap"] != before[0]["gap"]
+
+    np.savez(file, x=x, y=y)
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "measurements", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            measured(*arrays, "run=c", "force=true")
+    for part in (tmp_path / "runs" / "c" / "measure" / "unfinished").rglob("target.pt"):
+        part.write_bytes(b"torn")
+    assert read(measured(*arrays, "run=c") / "layers.json")["layers"] == before  # a damaged part is made again
+    np.savez(file, x=x * x[0], y=y)
+    assert read(measured(*arrays, "run=c", "force=true") / "layers.json")["layers"] == after
 
 
 def test_the_same_data_on_both_sides_shows_no_gap(measured):

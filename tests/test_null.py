@@ -9,7 +9,7 @@ from scipy import stats
 
 from orca_rank.distances import bures_wasserstein, energy_distance, mmd, otdd, proxy_a_distance, sliced_wasserstein
 from orca_rank.distances.null import calibrate, family_p, standardise, whiten
-from orca_rank.distances.scores import has_fast_route, make_score
+from orca_rank.distances.scores import check_metric, has_fast_route, make_score
 
 FAST = (mmd, energy_distance, functools.partial(sliced_wasserstein, projections=16))
 
@@ -157,6 +157,36 @@ def test_labels_reach_otdd_and_stratify_the_halves():
     gap = calibrate(metric, x, y, labels, labels, splits=2, bootstrap=0, permutations=0)
     spread = (x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum()) / 2
     assert gap.value == pytest.approx(2 * 6 * 16.0 / spread, rel=0.15)  # a translation by t: 2 ‖t‖²
+
+
+def test_images_with_labels_do_not_change_sides():
+    labels = np.arange(24) % 3
+    x, y = sample(0, 24, 8), sample(1, 24, 8)
+    options = {"splits": 1, "bootstrap": 0, "permutations": 9}
+    labelled = calibrate(functools.partial(otdd, outer="exact"), x, y, labels, labels, **options)
+    assert np.isnan(labelled.p)
+    assert len(labelled.null) == 0
+    alone = functools.partial(otdd, inner="none", outer="exact")
+    p = [calibrate(alone, sample(2 * s, 16, 4), sample(2 * s + 1, 16, 4), labels[:16], labels[:16], **options).p
+         for s in range(60)]  # fmt: skip
+    assert stats.kstest(np.array(p) - 0.05, "uniform").pvalue > 0.01  # tenths: their middles
+    assert 0.35 < np.mean(p) < 0.75
+
+
+def test_a_metric_is_refused_options_that_it_does_not_take():
+    check_metric("mmd", functools.partial(mmd, kernels=3))
+    check_metric("mine", functools.partial(lambda x, y, **options: 0.0, anything=1))
+    with pytest.raises(ValueError, match=r"sliced does not take foo; its options are.*projections"):
+        check_metric("sliced", functools.partial(sliced_wasserstein, foo=1))
+    assert not has_fast_route(functools.partial(mmd, unbiased=False))
+
+
+@pytest.mark.parametrize("n", [12, 32, 64])
+def test_a_whitened_gap_is_seen_with_few_images(n):
+    x, y = sample(0, n, 128), sample(1, n, 128, 20.0)
+    gap = calibrate(mmd, *whiten(x, y), bootstrap=0, permutations=39)
+    assert gap.p == pytest.approx(1 / 40)
+    assert gap.value > 0.03
 
 
 def test_unequal_sides_are_cut_and_proxy_a_works():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
+from orca_rank import ranks
 from orca_rank.artifacts import write_json
 from orca_rank.stages import plan
 
@@ -87,6 +88,37 @@ def test_rules_side_by_side_at_one_budget(composed: Callable[..., DictConfig], c
     assert "proportional is left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="unifrom"):
         plan.run(composed("stage=plan", "rank=uniform", "plan.rules=[unifrom]"))
+
+
+def test_no_budget_is_for_rules_that_know_their_ranks(composed: Callable[..., DictConfig]) -> None:
+    free = ("stage=plan", "budget.mean_rank=null", "budget.parameters=null", "plan.rules=[]")
+    content = planned(composed(*free, "rank=uniform", "rank.r=3"))
+    assert {layer["rank"] for layer in content["layers"]} == {3}
+    with pytest.raises(ValueError, match="budget"):
+        plan.run(composed(*free, "rank=uniform", "rank.r=null"))
+    with pytest.raises(ValueError, match=r"budget\.r_max=5.*set one"):
+        plan.run(composed(*free, "rank=uniform", "rank.r=3", "budget.r_max=5"))
+
+
+def test_many_rules_are_shown_in_tables_that_fit(
+    composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture
+) -> None:
+    config = composed("stage=plan", "rank=uniform", "rank.r=null")
+    layers = planned(config)["layers"]
+    gap = {"mmd": {"value": 1.0, "low": 1.0, "high": 1.0, "p": 0.5}}
+    spectrum = {"singular_values": [1.0], "null": 0.5, "energy": 1.0, "rank": 1}
+    rest = {"weight": {"stable_rank": 1.0, "effective_rank": 1.0}, "importance": 1.0, "fisher": 1.0}
+    rest |= {"intrinsic_dimension": {"input": 1.0, "output": 1.0}, "ot_map": spectrum, "gradient": spectrum}
+    records = [{**{k: layer[k] for k in ("name", "d_in", "d_out")}, "gap": gap, **rest} for layer in layers]
+    write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": records})
+    names = [name for name in ranks.RULES if name not in ("activation", "theory", "posterior", "from_file")]
+    config.plan.rules = names
+    capsys.readouterr()
+    plan.run(config)
+    printed = capsys.readouterr().out
+    for name in names:
+        assert name in printed, name
+    assert "…" not in printed
 
 
 def test_before_measuring_a_rule_of_gaps_shows_the_uniform_plan_and_says_so(

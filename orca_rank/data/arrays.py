@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from orca_rank.artifacts import contents_hash
 from orca_rank.data.array_files import read_arrays
 from orca_rank.data.module import (
     Affine,
@@ -112,6 +113,11 @@ class Arrays(InMemory):
         self.labels, self.clusters, self.channels, self.normalise = labels, clusters, channels, normalise
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit = train_limit, test_limit
+
+    @property
+    def contents(self) -> str:
+        parts = [[part] if isinstance(part, str) else part for part in (self.train, self.test) if part is not None]
+        return contents_hash([self.root / name for part in parts for name in part])
 
     def load(self) -> Parts:
         everything = self._read(self.train, self.x, self.y)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from orca_rank.artifacts import contents_hash
 from orca_rank.data.darcy_data import DarcyArrays, generate, read_mat, subsampled_size
 from orca_rank.data.darcy_field import gaussian_field, sample_coefficient
 from orca_rank.data.darcy_solver import solve, solve_all
@@ -109,6 +110,10 @@ class Darcy(InMemory):
         """Shapes of the task without making the data (for .mat files, as `grid` and `stride` say)."""
         k = subsampled_size(self.grid, self.stride)
         return Task("dense", (3, k, k), (1, k, k))
+
+    @property
+    def contents(self) -> str | None:
+        return contents_hash([self.root / name for name in self.files]) if self.source == "mat" else None
 
     def arrays(self, part: str) -> DarcyArrays:
         """The "train" or "test" samples, limited: coefficient and solution in physical units, (n, k, k)."""

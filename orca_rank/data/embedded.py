@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from orca_rank.artifacts import contents_hash
 from orca_rank.backbone import weights_hash
 from orca_rank.data.module import InMemory, Parts, stratified_order
 from orca_rank.files import atomic
@@ -57,6 +58,10 @@ class Embedded(InMemory):
             if missing := [name for name in ARRAYS if name not in stored]:
                 raise ValueError(f"{self.path} lacks {', '.join(missing)}: source.file takes what stage=pretrain wrote")
             self.arrays: dict[str, Any] = {name: stored[name] for name in ARRAYS}
+
+    @property
+    def contents(self) -> str:
+        return contents_hash([self.path])
 
     def load(self) -> Parts:
         a = self.arrays

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from orca_rank.artifacts import key
 from orca_rank.data.module import (
     Affine,
     InMemory,
@@ -61,6 +62,13 @@ class ImageFolder(InMemory):
         self.root, self.train, self.test, self.size = Path(root), train, test, size
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit = train_limit, test_limit
+
+    @property
+    def contents(self) -> str:
+        """Names and sizes stand for the images, of which there may be many."""
+        folders = [self.root / name for name in (self.train, self.test) if name is not None]
+        files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+        return key([(str(file.relative_to(folder)), file.stat().st_size) for folder, file in files])
 
     def load(self) -> Parts:
         classes, files, labels = _scan(self.root / self.train)

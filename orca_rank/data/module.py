@@ -69,6 +69,11 @@ class InMemory(LightningDataModule, ABC):
         """The task's shapes; a dataset that knows them beforehand answers without loading."""
         return self.task
 
+    @property
+    def contents(self) -> str | None:
+        """A hash of the files that the data are read from; None for data that follow from the options."""
+        return None
+
     def setup(self, stage: str | None = None) -> None:
         """Load now, so that bad data fails before training starts."""
         self.parts  # noqa: B018 (the property loads)

@@ -24,7 +24,8 @@ class Gap(NamedTuple):
     """A calibrated gap.
 
     value: the effect size. low, high: its 95 % bootstrap interval (NaN without bootstrap).
-    p: permutation p-value of "source and target have one law" (NaN without permutations).
+    p: permutation p-value of "source and target have one law" (NaN without permutations, and for a metric that reads
+    labels, whose images cannot change sides).
     observed, null: the raw statistic and its permutation draws, for `family_p`.
     """
 
@@ -94,7 +95,7 @@ def calibrate(
             draws = _split_effect(score, _resample(chosen, bootstrap, generator))
         low, high = value + np.quantile(draws - draws.mean(), [0.025, 0.975])
     observed, null = value, np.zeros(0)
-    if permutations:
+    if permutations and score.exchangeable:
         generator = np.random.default_rng([seed, 3])
         members = generator.permuted(np.repeat(source, permutations, axis=0), axis=1)
         members = np.concatenate([source, members])
@@ -127,11 +128,14 @@ def standardise(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> tup
 def whiten(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], components: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides on their leading pooled principal components, each at variance 1."""
+    """Both sides on their leading pooled principal components, each at variance 1.
+
+    At most a quarter as many as there are images: with as many components as images, every whitened image is as far
+    from all others, whatever the data."""
     pooled = np.concatenate([x, y]).astype(np.float64)
     mean = pooled.mean(axis=0)
     _, values, directions = np.linalg.svd(pooled - mean, full_matrices=False)
-    kept = min(components, int((values > 1e-6 * values[0]).sum()))
+    kept = min(components, len(pooled) // 4, int((values > 1e-6 * values[0]).sum()))
     transform = directions[:kept].T / values[:kept] * np.sqrt(len(pooled))  # (d, kept)
     return (x - mean) @ transform, (y - mean) @ transform
 
@@ -141,7 +145,8 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise ValueError(f"source and target features differ in width: {x.shape} and {y.shape}")
     if min(len(x), len(y)) < 8:
         raise ValueError(
-            f"a calibrated gap needs at least 8 images a side, got {len(x)} and {len(y)}: raise gap.samples"
+            f"a calibrated gap needs at least 8 images a side, got {len(x)} and {len(y)}: give more images, or raise "
+            f"gap.samples"
         )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("features hold NaN or infinity: check the data and the embedder")

@@ -28,11 +28,14 @@ class Score(NamedTuple):
     """between(groups, pairs): the metric between groups[i] and groups[j] for every (i, j), one column per pair.
 
     scale: what a gap is divided by. unbiased: whether the metric is already about 0 under the null.
+    exchangeable: whether images may change sides under the null. With labels they may not: the classes of the two sides
+    have nothing to do with each other, so every permuted side would have classes of both.
     """
 
     between: Callable[[Sequence[Counts], Pairs], Float[np.ndarray, "draws pairs"]]
     scale: float
     unbiased: bool
+    exchangeable: bool = True
 
 
 def make_score(
@@ -53,17 +56,28 @@ def make_score(
         raise ValueError("the features of a layer do not vary between images: no gap can be measured there")
     pooled = (pooled - pooled.mean(axis=0)) / np.sqrt(spread)
     if not has_fast_route(metric):
-        return _general_score(metric, function, pooled, labels)
+        return _general_score(metric, function, options, pooled, labels)
     return (
         _sliced_score(pooled, **options) if function is sliced_wasserstein else _kernel_score(function, options, pooled)
     )
+
+
+def check_metric(name: str, metric: Callable[..., Any]) -> None:
+    """Raise ValueError if a metric is given options that its function does not take: fast routes never call it."""
+    function, options = _unwrap(metric)
+    taken = inspect.signature(function).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        return
+    if unknown := sorted(set(options) - set(taken)):
+        raise ValueError(f"the metric {name} does not take {', '.join(unknown)}; its options are {', '.join(taken)}")
 
 
 def has_fast_route(metric: Callable[..., Any]) -> bool:
     """Whether `make_score` shares its work between the groups for this metric."""
     function, options = _unwrap(metric)
     if function is mmd:
-        return options.get("block") is None and options.get("features") is None
+        plain = options.get("block") is None and options.get("features") is None
+        return plain and options.get("unbiased", True)
     return function is energy_distance or (function is sliced_wasserstein and options.get("p", 2) == 2)
 
 
@@ -138,7 +152,11 @@ def _sliced_score(pooled: np.ndarray, projections: int = 64, seed: int = 0, **_:
 
 
 def _general_score(
-    metric: Callable[..., Any], function: Callable[..., Any], pooled: np.ndarray, labels: np.ndarray
+    metric: Callable[..., Any],
+    function: Callable[..., Any],
+    options: dict[str, Any],
+    pooled: np.ndarray,
+    labels: np.ndarray,
 ) -> Score:
     """Call the metric on the rows of every pair of groups; one that takes `y_label` (otdd) gets the labels too."""
     data, classes = torch.from_numpy(pooled.astype(np.float32)), torch.from_numpy(labels)
@@ -156,4 +174,5 @@ def _general_score(
             values[draw] = [call(data[rows[i]], data[rows[j]], classes[rows[i]], classes[rows[j]]) for i, j in pairs]
         return values
 
-    return Score(between, 1.0, False)
+    ignores_labels = not needs_labels or options.get("inner") == "none"  # otdd without its label term
+    return Score(between, 1.0, False, exchangeable=ignores_labels)

@@ -29,7 +29,7 @@ from orca_rank.stages.features import (
     token_mean,
 )
 from orca_rank.stages.held_out import Distances, compare, sentence
-from orca_rank.stages.parts import aligned_embedder, close_logger, device_of, resolve_backbone
+from orca_rank.stages.parts import aligned_embedder, close_logger, contents, device_of, resolve_backbone
 
 console = Console()
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -168,6 +168,7 @@ def run(config: DictConfig) -> None:
         raise ValueError(f"align.curriculum.start must lie in [0, 1], received {options['curriculum']['start']}")
     folder = stage_folder(config, "align")
     made_from = {**select(config, "data", "source", "backbone", "seed", "align"), "init": config.embedder.init}
+    made_from["contents"] = contents(config, "data", "source")
     if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align"):
         console.print(f"align is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
         return

@@ -126,6 +126,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     name = key(
         {
             "source": plain(config.source),
+            "contents": getattr(data, "contents", None),
             "backbone": backbone,
             "weights": weights_hash(embedder),
             "n": options.source_samples,

@@ -25,6 +25,7 @@ from orca_rank.stages.parts import (
     audit,
     build_model,
     close_logger,
+    contents,
     count_parameters,
     finetune_config,
     layers_of,
@@ -59,7 +60,7 @@ def run(config: DictConfig) -> None:
     if config.finetune.schedule not in ("linear", "cosine", "constant"):
         raise ValueError(f"finetune.schedule must be linear, cosine or constant, received {config.finetune.schedule!r}")
     folder = stage_folder(config, "finetune") / tag(config)
-    made_from = finetune_config(config)
+    made_from = {**finetune_config(config), "contents": contents(config, "data")}
     if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune"):
         console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
         return

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from orca_rank.distances.null import Gap, calibrate, family_p, standardise, whiten
-from orca_rank.distances.scores import has_fast_route
+from orca_rank.distances.scores import check_metric, has_fast_route
 from orca_rank.gradients import Gradients
 from orca_rank.ranks import Layer
 from orca_rank.spectra import Spectrum, activation, intrinsic_dimension, ot_map, transport, weight_ranks
@@ -22,6 +22,7 @@ VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndar
     "standardised": standardise,
     "whitened": whiten,
 }
+MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", "gradient", "importance", "fisher")
 KEPT = 32  # singular values of a layer in layers.json
 NEGLIGIBLE = 1e-6  # of the largest
 Record = dict[str, Any]
@@ -60,17 +61,20 @@ def gap_records(
             pair = source.inputs[module].pooled.numpy(), target.inputs[module].pooled.numpy()
             versions = {metric: pair} | {f"{metric}_{name}": VARIANTS[name](*pair) for name in gap.variants}
             for key, (x, y) in versions.items():
-                found.setdefault(key, {})[module] = calibrate(
-                    function,
-                    x,
-                    y,
-                    source.labels,
-                    target.labels,
-                    splits=gap.splits,
-                    bootstrap=draws.bootstrap,
-                    permutations=draws.permutations,
-                    seed=seed,
-                )
+                try:
+                    found.setdefault(key, {})[module] = calibrate(
+                        function,
+                        x,
+                        y,
+                        source.labels,
+                        target.labels,
+                        splits=gap.splits,
+                        bootstrap=draws.bootstrap,
+                        permutations=draws.permutations,
+                        seed=seed,
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{key} at the input of {module}: {error}") from error
             advance()
     records: dict[str, dict[str, Record]] = {module: {} for module in source.inputs}
     for key, by_module in found.items():
@@ -137,6 +141,27 @@ def measurements(
     return records, directions
 
 
+def check_options(gap: DictConfig, metrics: Mapping[str, Callable[..., Any]]) -> None:
+    """Raise ValueError, naming the option, for what cannot be measured."""
+    if unknown := sorted(set(gap.variants) - set(VARIANTS)):
+        raise ValueError(f"gap.variants has {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    if unknown := sorted(set(gap.measurements) - set(MEASUREMENTS)):
+        raise ValueError(f"gap.measurements has {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
+    if not metrics:
+        raise ValueError("gap.metrics is empty: name at least one metric, such as mmd in gap=default")
+    for name, metric in metrics.items():
+        check_metric(name, metric)
+    wanted = gap.measurements
+    least = {"samples": 8, "splits": 1, "bootstrap": 0, "permutations": 0, "slow.bootstrap": 0, "slow.permutations": 0}
+    least |= {"tokens": 2, "components": 1, "directions": 0} if wanted.ot_map or wanted.activation else {}
+    least |= {"null_splits": 2} if wanted.ot_map else {}
+    least |= {"sign_draws": 2} if wanted.gradient else {}
+    for name, smallest in least.items():
+        value = OmegaConf.select(gap, name)
+        if not isinstance(value, int) or value < smallest:
+            raise ValueError(f"gap.{name} must be an integer of at least {smallest}, received {value!r}")
+
+
 def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation over layers between depth and everything that gives one number a layer."""
     columns: dict[str, list[float]] = {"depth": [float(place) for place in range(len(layers))]}
@@ -157,7 +182,7 @@ def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     }
 
 
-def placeholder(gap: DictConfig, layer: Layer) -> Layer:
+def placeholder(gap: DictConfig, metrics: Mapping[str, Callable[..., Any]], layer: Layer) -> Layer:
     """A layer with a stand-in for everything that will be measured, to try a rank rule before the work is done."""
     spectrum = {"singular_values": [1.0], "null": 0.5, "energy": 1.0, "rank": 1}
     stand_in: Record = {
@@ -167,9 +192,13 @@ def placeholder(gap: DictConfig, layer: Layer) -> Layer:
         "fisher": 1.0,
     }
     measured = {name: stand_in.get(name, spectrum) for name, wanted in gap.measurements.items() if wanted}
-    one = {"value": 1.0, "low": 1.0, "high": 1.0, "p": 0.5}
-    names = [f"{metric}{variant}" for metric in gap.metrics for variant in ("", *(f"_{v}" for v in gap.variants))]
-    return Layer(layer.name, layer.d_in, layer.d_out, dict.fromkeys(names, one), measured)
+    gaps: dict[str, Record] = {}
+    for metric, function in metrics.items():
+        draws = gap if has_fast_route(function) else gap.slow
+        p = 0.5 if draws.permutations else None
+        one = {"value": 1.0, "low": 1.0, "high": 1.0, "p": p, "p_family": p}
+        gaps |= {f"{metric}{variant}": one for variant in ("", *(f"_{v}" for v in gap.variants))}
+    return Layer(layer.name, layer.d_in, layer.d_out, gaps, measured)
 
 
 def _weight(body: nn.Module, layer: str, module: str) -> tuple[Tensor, slice]:

@@ -24,6 +24,7 @@ from orca_rank.stages.layer_records import (
     Record,
     Side,
     agreement,
+    check_options,
     classes,
     gap_records,
     measurements,
@@ -33,6 +34,7 @@ from orca_rank.stages.parts import (
     aligned_embedder,
     bare_model,
     build_model,
+    contents,
     device_of,
     grouped,
     make_plan,
@@ -57,6 +59,9 @@ def run(config: DictConfig) -> None:
     folder = stage_folder(config, "measure")
     path = folder / "layers.json"
     made_from = select(config, "data", "source", "backbone", "layers", "embedder", "seed", "gap", "measure")
+    made_from["contents"] = contents(
+        config, "data", "source", *(f"measure.compare.{name}" for name in config.measure.compare)
+    )
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
     if finished(path, made_from, force=config.force, made_by="stage=measure"):
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
@@ -76,7 +81,7 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
     metrics = {name: build(node) for name, node in gap.metrics.items()}
     L.seed_everything(seed, verbose=False)
     target_data = build(config.data)
-    _try_out(config, target_data)
+    _try_out(config, metrics, target_data)
     sets = {"source": _ready(config, config.source), "target": _ready(config, config.data)}
     compared = {f"compare/{name}": name for name in config.measure.compare}
     sets |= {key: _ready(config, config.measure.compare[name]) for key, name in compared.items()}
@@ -86,7 +91,7 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
     wanted = gap.measurements
     tokens = gap.tokens if wanted.ot_map or wanted.activation else 0
     used = [aligned_embedder(config)] if config.embedder.aligned else []
-    unfinished = Unfinished(folder, {**made_from, "embedder": [file_hash(path) for path in used]})
+    unfinished = Unfinished(folder, {**made_from, "embedder": [file_hash(path) for path in used]}, force=config.force)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -138,15 +143,12 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
     return measured
 
 
-def _try_out(config: DictConfig, data: L.LightningDataModule) -> None:
-    """Refuse before any work what would fail after it: an unknown variant, a rule whose measurement is turned off."""
-    if unknown := sorted(set(config.gap.variants) - set(VARIANTS)):
-        raise ValueError(f"gap.variants has {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    if not config.gap.metrics:
-        raise ValueError("gap.metrics is empty: name at least one metric, such as mmd in gap=default")
+def _try_out(config: DictConfig, metrics: Mapping[str, Callable[..., Any]], data: L.LightningDataModule) -> None:
+    """Refuse before any work what would fail after it: a bad option, a rule whose measurement is turned off."""
+    check_options(config.gap, metrics)
     body = bare_model(config, outline(data)).body
     layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
-    make_plan(config, [placeholder(config.gap, layer) for layer in layers])
+    make_plan(config, [placeholder(config.gap, metrics, layer) for layer in layers])
 
 
 def _embedder_at_hand(config: DictConfig) -> DictConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from orca_rank.adapters import inject
@@ -68,6 +68,13 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
                 f"`python -m orca_rank stage=align run={config.run} force=true`"
             ) from error
     return model
+
+
+def contents(config: DictConfig, *places: str) -> dict[str, str]:
+    """place in the config -> a hash of the files that its data are read from, for those that read any: with the
+    options, what a result depends on."""
+    found = {place: getattr(build(OmegaConf.select(config, place)), "contents", None) for place in places}
+    return {place: value for place, value in found.items() if value is not None}
 
 
 def outline(data: L.LightningDataModule) -> Task:
@@ -147,9 +154,26 @@ def grouped(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
     budget, and checked against them."""
-    plan = build(config.rank)(averaged(layers, config.layers.group), Budget(**plain(config.budget)))
+    plan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config))
     plan.check(layers)
     return plan
+
+
+def budget_of(config: DictConfig) -> Budget | None:
+    """The configured budget; None where no limit is set, for rules that know how many ranks they want.
+
+    Raises:
+        ValueError: for more than one limit, or bounds without one.
+    """
+    options = plain(config.budget)
+    if any(options[name] is not None for name in ("mean_rank", "total_rank", "parameters")):
+        return Budget(**options)
+    if options["r_min"] or options["r_max"] is not None:
+        raise ValueError(
+            f"budget.r_min={options['r_min']} and budget.r_max={options['r_max']} bound the ranks of a budget: set one "
+            f"of budget.mean_rank, total_rank and parameters too"
+        )
+    return None
 
 
 def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from orca_rank import ranks
-from orca_rank.artifacts import plain, select, stage_folder, write_json
+from orca_rank.artifacts import select, stage_folder, write_json
 from orca_rank.build import build
-from orca_rank.ranks import Budget, Layer, RankPlan
+from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.parts import (
     adapter_module,
     bare_model,
+    budget_of,
     count_parameters,
     grouped,
     layers_of,
@@ -79,11 +80,11 @@ def _plan(config: DictConfig, layers: Sequence[Layer], measured: Path) -> RankPl
             soft_wrap=True,
             markup=False,
         )
-        return ranks.uniform(layers, Budget(**plain(config.budget))).check(layers)
+        return ranks.uniform(layers, budget_of(config)).check(layers)
 
 
 def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
-    budget, layers = Budget(**plain(config.budget)), ranks.averaged(layers, config.layers.group)
+    budget, layers = budget_of(config), ranks.averaged(layers, config.layers.group)
     plans = {}
     for name in config.plan.rules:
         if name not in ranks.RULES:
@@ -101,8 +102,25 @@ def _print(
     others: Mapping[str, Mapping[str, int]],
     counts: Mapping[str, Any],
 ) -> None:
-    metric = next((name for layer in layers for name in layer.gap), None)
     chosen = {row["name"]: row["rank"] for row in rows}
+    tables: list[dict[str, Mapping[str, int]]] = [{}]
+    left = room = console.width - 57  # what the other columns leave to further rules
+    for name, plan in others.items():
+        width = max(len(name), 8) + 3
+        if tables[-1] and width > left:
+            tables, left = [*tables, {}], room
+        tables[-1][name] = plan
+        left -= width
+    for table in tables:
+        console.print(_table(layers, chosen, table))
+    trained = counts["trainable_parameters"]
+    parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
+    console.print(f"trainable: {trained['total']:,} of {counts['total_parameters']:,} parameters ({parts})")
+
+
+def _table(layers: Sequence[Layer], chosen: Mapping[str, int], others: Mapping[str, Mapping[str, int]]) -> Table:
+    """A row a layer; q, k and v of one matrix share a row."""
+    metric = next((name for layer in layers for name in layer.gap), None)
     shaped = not others or console.width >= 110
     titles = [*(["d_in × d_out"] if shaped else []), *([f"gap ({metric})"] if metric else []), "rank", *others]
     table = Table("layer", *titles, "parameters")
@@ -116,11 +134,7 @@ def _print(
         shape = [f"{first.d_in} × {first.d_out}"] if shaped else []
         table.add_row(name, *shape, *gap, *columns, f"{parameters:,}")
     if others:
-        spent = [f"{sum(plan[layer.name] * layer.cost for layer in layers):,}" for plan in others.values()]
-        own = f"{sum(row['parameters'] for row in rows):,}"
+        spent = [f"{sum(plan[layer.name] * layer.cost for layer in layers):,}" for plan in (chosen, *others.values())]
         table.add_section()
-        table.add_row("parameters", *[""] * (len(titles) - 1 - len(others)), own, *spent, "")
-    console.print(table)
-    trained = counts["trainable_parameters"]
-    parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
-    console.print(f"trainable: {trained['total']:,} of {counts['total_parameters']:,} parameters ({parts})")
+        table.add_row("parameters", *[""] * (len(titles) - 1 - len(others)), *spent, "")
+    return table

@@ -30,6 +30,7 @@ from orca_rank.data.embedded import write_embedded
 from orca_rank.data.module import channel_statistics
 from orca_rank.files import atomic
 from orca_rank.stages.muon import MuonAdamW, parameter_groups
+from orca_rank.stages.parts import contents
 from orca_rank.stages.pretrain_recipe import ON_THE_SPOT, EpochOrder, Recipe, keep_recipe, lr_factor
 
 console = Console(highlight=False)
@@ -219,6 +220,7 @@ def run(config: DictConfig) -> None:
         ValueError: a source that is not a classification of images, or a backbone without a recipe.
     """
     folder, made_from = stage_folder(config, "pretrain"), select(config, "source", "backbone", "seed")
+    made_from["contents"] = contents(config, "source")
     weights, sample = folder / "weights.safetensors", folder / "source.npz"
     done = finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain")
     if done and sample.exists():
@@ -236,7 +238,7 @@ def run(config: DictConfig) -> None:
 
 def on_source(config: DictConfig) -> Path:
     """The weights for backbone.pretrained=on_source: trained once for a source and recipe, and kept in paths.cache."""
-    made_from = select(config, "source", "backbone")
+    made_from = {**select(config, "source", "backbone"), "contents": contents(config, "source")}
     folder = Path(config.paths.cache) / "pretrain" / key(made_from)
     if not (folder / "metrics.json").exists() or not (folder / "weights.safetensors").exists():
         console.print(f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True)
