@@ -140,7 +140,6 @@ def test_rules_with_a_given_mean_need_no_budget():
     assert list(ranks.ibp_count(two, a=4.2, statistic="mode").ranks.values()) == [2, 6]  # floor(α)
     high = ranks.ibp_count(two, a=4, statistic="quantile", quantile=0.9)
     assert list(high.ranks.values()) == [int(stats.poisson(2).ppf(0.9)), int(stats.poisson(6).ppf(0.9))]
-    assert list(ranks.ibp_stick(two, a=4, statistic="mode").ranks.values()) == [0, 0]  # the geometric law falls
     drawn = [ranks.ibp_count(two, a=4, statistic="sample", seed=s)["l1"] for s in range(300)]
     assert np.mean(drawn) == pytest.approx(6, abs=4.5 * math.sqrt(6 / 300))
     with pytest.raises(ValueError, match=r"rank\.a"):
@@ -149,8 +148,56 @@ def test_rules_with_a_given_mean_need_no_budget():
         ranks.ibp_count(two, a=4, statistic="median")
 
 
-@pytest.mark.parametrize("statistic", ["mean", "mode", "quantile", "sample"])
+def test_the_mean_is_rounded_by_largest_remainder():
+    # Means 1.4, 1.4, 1.4, 1.8: rounding each alone gives 1, 1, 1, 2 in all 5, their sum is 6.
+    four = layers(7, 7, 7, 9)
+    assert list(ranks.ibp_count(four, a=1.5).ranks.values()) == [2, 1, 1, 2]
+    assert ranks.ibp_count(layers(*[1] * 10), a=2.5).total_rank == 25
+
+
 @pytest.mark.parametrize("rule", [ranks.ibp_count, ranks.ibp_stick, ranks.beta_bernoulli])
+def test_a_given_mean_keeps_to_the_budget_or_says_so(rule):
+    two = layers(1, 3)
+    plan = rule(two, Budget(mean_rank=8), a=2)
+    assert plan.budget == Budget(mean_rank=8)
+    assert plan.total_rank == rule(two, a=2).total_rank <= 4
+    with pytest.raises(ValueError, match=r"a=20 asks for \d+ ranks, the budget allows 8: lower rank\.a"):
+        rule(two, Budget(mean_rank=4), a=20)
+    with pytest.raises(ValueError, match=r"asks for \d+ parameters, the budget allows 1000"):
+        rule(two, Budget(parameters=1000), a=20)
+    for a in (float("inf"), float("nan"), -1):
+        with pytest.raises(ValueError, match="a, the mean prior rank, must be a finite number >= 0"):
+            rule(two, a=a)
+
+
+def test_no_rank_of_the_finite_prior_exceeds_its_features():
+    two = layers(1, 3)
+    assert ranks.beta_bernoulli(two, Budget(mean_rank=10), features=4).ranks == {"l0": 4, "l1": 4}
+    assert ranks.beta_bernoulli(two, Budget(mean_rank=10, r_max=3), features=4).ranks == {"l0": 3, "l1": 3}
+    assert max(ranks.beta_bernoulli(two, a=60, features=4, statistic="quantile").ranks.values()) == 4
+    plan = ranks.beta_bernoulli(two, Budget(mean_rank=2), features=4)
+    assert plan.budget == Budget(mean_rank=2)
+    assert plan.total_rank == 4
+    with pytest.raises(ValueError, match="features"):
+        ranks.beta_bernoulli(two, Budget(mean_rank=8, r_min=5), features=4)
+
+
+def test_the_mode_of_the_stick_law_is_refused():
+    law = stick_law(np.array([0.5, 50.0]), np.array([0, 2]), np.array([60, 60]))
+    assert law.argmax(axis=1).tolist() == [0, 2]  # r_min whatever α
+    for options in ({"a": 4}, {"budget": Budget(total_rank=8)}):
+        with pytest.raises(ValueError, match=r"mode of ibp_stick is r_min"):
+            ranks.ibp_stick(layers(1, 3), **options, statistic="mode")
+
+
+STATISTICS = {
+    ranks.ibp_count: ("mean", "mode", "quantile", "sample"),
+    ranks.ibp_stick: ("mean", "quantile", "sample"),
+    ranks.beta_bernoulli: ("mean", "mode", "quantile", "sample"),
+}
+
+
+@pytest.mark.parametrize(("rule", "statistic"), [(rule, name) for rule, names in STATISTICS.items() for name in names])
 def test_rules_spend_the_budget(rule, statistic):
     many = layers(0, 1, 2, 3, 4)
     budget = Budget(total_rank=30)

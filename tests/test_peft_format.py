@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from orca_rank.adapters import LoRA, adapter_state_dict, adapters, inject, load_peft, save_peft
+from orca_rank.ranks import RankPlan
 
 peft = pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
 timm = pytest.importorskip("timm")
@@ -181,3 +182,54 @@ def test_other_layers_or_methods_are_refused(tmp_path):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             load_peft(swin(), tmp_path)
+
+
+def found_by_peft(model, plan, alpha=None):
+    """Layer -> (rank, scale) of what PEFT adapts."""
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**RankPlan(plan).to_peft(alpha)))
+    return {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+
+
+class Alike(Nested):
+    """A pattern `inner.fc` with a bare dot would take `innerxfc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.innerxfc = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"fc": 1, "innerxfc": 2, "inner.fc": 3},
+        {"fc": 1, "inner.fc": 0},
+        {"fc": 2, "innerxfc": 0},
+        {"inner.fc": 3, "innerxfc": 0},
+        {"innerxfc": 1},
+    ],
+)
+def test_a_plan_in_peft_adapts_its_layers_and_no_other(plan):
+    assert found_by_peft(Alike(), plan) == {name: (rank, 1.0) for name, rank in plan.items() if rank}
+    assert found_by_peft(Alike(), plan, alpha=12) == {name: (rank, 12 / rank) for name, rank in plan.items() if rank}
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm")
+def test_separate_q_k_v_of_a_plan_become_one_adapter_of_the_fused_matrix():
+    first, second = "layers.0.blocks.0.attn.qkv", "layers.1.blocks.0.attn.qkv"
+    plan = {f"{first}.{part}": rank for part, rank in zip("qkv", (2, 0, 3), strict=True)} | {f"{second}.k": 0}
+    assert found_by_peft(swin(), {**plan, "layers.0.blocks.0.mlp.fc1": 4}) == {
+        first: (5, 1.0),
+        "layers.0.blocks.0.mlp.fc1": (4, 1.0),
+    }
+    with pytest.raises(ValueError, match=r"ranks \[2, 3\].*alpha=8.*save_peft"):
+        RankPlan(plan).to_peft(alpha=8)
+    even = {f"{first}.{part}": 2 for part in "qkv"} | {f"{second}.v": 4}
+    assert found_by_peft(swin(), even, alpha=8) == {first: (6, 4.0), second: (4, 2.0)}
+    with pytest.raises(ValueError, match="both"):
+        RankPlan({first: 1, f"{first}.q": 1}).to_peft()
+    with pytest.raises(ValueError, match="every rank is 0"):
+        RankPlan({first: 0}).to_peft()

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +36,34 @@ def test_layer_reads_and_writes_the_form_of_layers_json():
 def test_budget_takes_exactly_one_limit(given):
     with pytest.raises(ValueError, match="budget"):
         Budget(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mean_rank": "abc"}, r"mean_rank must be a finite number >= 0, got 'abc'"),
+        ({"mean_rank": float("inf")}, "mean_rank.*inf"),
+        ({"mean_rank": float("nan")}, "mean_rank.*nan"),
+        ({"mean_rank": True}, "mean_rank.*True"),
+        ({"total_rank": 7.9}, r"total_rank must be a whole number >= 0, got 7\.9"),
+        ({"parameters": "100"}, "parameters.*'100'"),
+        ({"mean_rank": 4, "r_min": 1.5}, r"r_min.*1\.5"),
+        ({"mean_rank": 4, "r_min": None}, "r_min.*None"),
+        ({"mean_rank": 4, "r_min": 3, "r_max": 2}, "r_min <= r_max"),
+    ],
+)
+def test_a_budget_of_other_things_than_numbers_says_which(given, message):
+    with pytest.raises(ValueError, match=message):
+        Budget(**given)
+
+
+def test_a_budget_takes_numpy_numbers_and_whole_floats():
+    budget = Budget(total_rank=np.int64(8), r_max=np.int32(5))
+    assert budget == Budget(total_rank=8, r_max=5)
+    plan = ranks.uniform(layers_of([1, 2]), budget)
+    assert RankPlan.from_json(plan.to_json()) == plan
+    assert Budget(parameters=2e5).to_dict()["parameters"] == 200_000
+    assert Budget(mean_rank=np.float64(2.5)).allowed(layers_of([1, 2])) == 5
 
 
 def test_budget_counts_in_its_own_unit():
@@ -79,30 +106,12 @@ def test_plan_survives_json():
         RankPlan.from_json('{"a": 1}')
     with pytest.raises(ValueError, match="schema"):
         RankPlan.from_json('{"schema": 99, "ranks": {"a": 1}}')
-
-
-def test_peft_gives_every_layer_the_rank_of_the_plan():
-    peft = pytest.importorskip("peft")
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.b = torch.nn.Linear(6, 5)
-            self.axb = torch.nn.Linear(6, 5)  # a pattern "a.b" with a bare dot would take this one
-            self.a = torch.nn.ModuleDict({"b": torch.nn.Linear(5, 4), "c": torch.nn.Linear(4, 7)})
-
-        def forward(self, x):
-            return self.a["c"](self.a["b"](self.b(x) + self.axb(x)))
-
-    plan = RankPlan({"b": 1, "axb": 2, "a.b": 3, "a.c": 0})
-    model = peft.get_peft_model(Block(), peft.LoraConfig(**plan.to_peft()))
-    found = {
-        name.split("model.", 1)[1]: (module.r["default"], module.scaling["default"])
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.LoraLayer)
-    }
-    assert found == {"model.b": (1, 1.0), "model.axb": (2, 1.0), "model.a.b": (3, 1.0)}
-    assert set(plan.to_peft(alpha=16)["alpha_pattern"].values()) == {16}
+    for text in ("[1]", "nonsense"):
+        with pytest.raises(ValueError, match="JSON object"):
+            RankPlan.from_json(text)
+    for budget in ('{"foo": 1}', "3"):
+        with pytest.raises(ValueError, match=r"budget.*mean_rank.*got"):
+            RankPlan.from_json(f'{{"ranks": {{"a": 1}}, "budget": {budget}}}')
 
 
 def test_uniform():
@@ -160,10 +169,37 @@ def test_from_file(tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="object"):
         ranks.from_file(layers, path=path)
-    with pytest.raises(FileNotFoundError, match="stage=measure"):
+    with pytest.raises(FileNotFoundError, match=r"measure/ranks\.json.*plan/plan\.json"):
         ranks.from_file(layers, path=tmp_path / "none.json")
     with pytest.raises(ValueError, match=r"rank\.path"):
         ranks.from_file(layers)
+
+
+def test_from_file_reads_what_the_plan_stage_writes(tmp_path):
+    layers, path = layers_of([1, 2]), tmp_path / "plan.json"
+    rows = [{"name": "l0", "d_in": 32, "rank": 3}, {"name": "l1", "d_in": 32, "rank": 0}]
+    path.write_text(json.dumps({"schema": 1, "rule": None, "layers": rows, "rules": {"uniform": {"l0": 9}}}))
+    assert ranks.from_file(layers, path=path).ranks == {"l0": 3, "l1": 0}
+    for other in ({"layers": [{"name": "l0"}]}, {"layers": [1]}, {"l0": "1", "l1": 0}, {"schema": 9, "ranks": {}}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"plan\.json is no rank plan"):
+            ranks.from_file(layers, path=path)
+
+
+@pytest.mark.parametrize("rule", [ranks.proportional, ranks.ibp_count])
+def test_gamma_is_a_number_that_gives_finite_weights(rule):
+    layers, budget = layers_of([0, 1, 2]), Budget(total_rank=6)
+    for gamma in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="gamma must be a finite number"):
+            rule(layers, budget, gamma=gamma)
+    with pytest.raises(ValueError, match=r"gamma=-1.*infinite weight"):
+        rule(layers, budget, gamma=-1)
+    assert rule(layers_of([1, 2]), budget, gamma=-1).ranks == {"l0": 4, "l1": 2}
+
+
+def test_missing_p_values_name_both_options():
+    with pytest.raises(ValueError, match=r"gap\.permutations > 0.*gap\.slow\.permutations > 0"):
+        ranks.proportional([layer("a", p=None)], Budget(total_rank=1), p_max=0.05)
 
 
 def test_a_missing_measurement_names_the_stage_and_the_option():
@@ -188,6 +224,8 @@ def test_scalar_measurements():
     budget = Budget(total_rank=8)
     assert list(ranks.stable_rank(layers, budget).ranks.values()) == [2, 6]
     assert list(ranks.stable_rank(layers, budget, statistic="effective_rank").ranks.values()) == [6, 2]
+    with pytest.raises(ValueError, match="effective_rank, got 'rank'"):
+        ranks.stable_rank(layers, budget, statistic="rank")
     assert list(ranks.importance(layers, budget).ranks.values()) == [6, 2]
     assert list(ranks.fisher(layers, budget).ranks.values()) == [1, 7]
     assert list(ranks.gelora(layers).ranks.values()) == [4, 1]

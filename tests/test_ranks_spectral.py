@@ -44,8 +44,20 @@ def test_activation_is_eva():
     assert ranks.activation(layers, Budget(total_rank=4), rho=2).ranks == {"a": 1, "b": 3}
     assert ranks.activation(layers, Budget(total_rank=4), rho=1).ranks == {"a": 2, "b": 2}
     assert ranks.activation(layers, Budget(parameters=4 * 64)).ranks == {"a": 1, "b": 3}
-    with pytest.raises(ValueError, match="rho"):
-        ranks.activation(layers, Budget(total_rank=4), rho=0.5)
+    for rho in (0.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="rho"):
+            ranks.activation(layers, Budget(total_rank=4), rho=rho)
+
+
+def test_what_the_cap_of_activation_leaves_over_is_spent():
+    # Four narrow layers are full at rank 2; the cap of the wide one, 2 x 6, leaves 30 - 8 - 12 = 10.
+    narrow = [layer(f"n{i}", "activation", [1.0, 1.0], d_in=2, d_out=2) for i in range(4)]
+    wide = layer("w", "activation", np.linspace(5, 1, 40).tolist(), d_in=40, d_out=40)
+    plan = ranks.activation([*narrow, wide], Budget(mean_rank=6))
+    assert list(plan.ranks.values()) == [2, 2, 2, 2, 22]
+    assert ranks.activation([*narrow, wide], Budget(mean_rank=6, r_max=15))["w"] == 15
+    # Where the cap binds and others have room, they still come first.
+    assert ranks.activation([layer("b", "activation", [0.1], energy=100.0), wide], Budget(mean_rank=6))["w"] == 12
 
 
 def test_missing_spectra_name_the_option():
@@ -86,6 +98,20 @@ def test_theory_rule(tmp_path):
         ranks.theory(layers)
     with pytest.raises(FileNotFoundError):
         ranks.theory(layers, update=tmp_path / "none")
+
+
+def test_theory_wants_updates_that_fit_and_obeys_r_min():
+    layers = [Layer("a", 10, 6), Layer("b", 6, 8)]
+    fitting = {"a": np.zeros((6, 10)), "b": np.ones((8, 6))}
+    assert ranks.theory(layers, update=fitting).ranks == {"a": 0, "b": 1}
+    assert ranks.theory(layers, Budget(mean_rank=4, r_min=2), update=fitting).ranks == {"a": 2, "b": 2}
+    assert ranks.theory(layers, update=np.eye(8, 10)).ranks == {"a": 4, "b": 4}
+    with pytest.raises(ValueError, match=r"update of a has shape \(10, 6\), expected .*\(6, 10\)"):
+        ranks.theory(layers, update={**fitting, "a": np.zeros((10, 6))})
+    with pytest.raises(ValueError, match="names 'typo'"):
+        ranks.theory(layers, update={**fitting, "typo": np.eye(3)})
+    with pytest.raises(ValueError, match=r"chain.*\(9, 9\)"):
+        ranks.theory(layers, update=np.eye(9))
 
 
 def simulate(seed, images, true_rank=None, ranks_max=12):
@@ -156,6 +182,9 @@ def test_posterior_rule(tmp_path):
     assert spent.total_rank == 9
     with pytest.raises(ValueError, match="ascending"):
         ranks.posterior(layers, losses=losses, ranks=[1, 2])
+    save_file({"a": flat, "b": steep[:2]}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"a have shape \(4, 40\), those of b \(2, 40\)"):
+        ranks.posterior(layers, losses=tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="lack b"):
         ranks.posterior(layers, losses={"a": flat})
     with pytest.raises(ValueError, match=r"rank\.losses"):

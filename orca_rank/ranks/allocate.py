@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from orca_rank.ranks.plan import Budget, Layer, RankPlan
+from orca_rank.ranks.layer import Layer
+from orca_rank.ranks.plan import Budget, RankPlan
 
 ENOUGH = 0.99  # share of the budget above which layers of weight 0 are left alone
 LARGEST_LEVEL = 1e9  # no prior asks for a mean rank beyond this
 TINY = 1e-9  # two remainders closer than this are a tie
+
+
+def power(values: Float[np.ndarray, " layers"], gamma: float | int) -> Float[np.ndarray, " layers"]:
+    """Weights (D_i / max D)^γ of measurements D_i >= 0; all zeros stay zeros for γ > 0.
+
+    Raises:
+        ValueError: if gamma is no finite number, or gives a layer an infinite weight (a negative one where D_i = 0).
+    """
+    if not isinstance(gamma, Real) or not np.isfinite(gamma):
+        raise ValueError(f"gamma must be a finite number, got {gamma!r}")
+    top = values.max(initial=0.0)
+    with np.errstate(divide="ignore", over="ignore"):
+        weights = np.power(values / top if top > 0 else values, float(gamma))
+    if not np.isfinite(weights).all():
+        raise ValueError(f"gamma={gamma} gives a layer whose measurement is 0 an infinite weight: use gamma >= 0")
+    return weights
 
 
 def share(layers: Sequence[Layer], budget: Budget, weights: ArrayLike) -> dict[str, int]:
@@ -68,23 +87,26 @@ def share_along(
     return level, {layer.name: int(rank) for layer, rank in zip(layers, ranks, strict=True)}
 
 
-def greedy(layers: Sequence[Layer], budget: Budget, values: Sequence[ArrayLike]) -> dict[str, int]:
+def greedy(
+    layers: Sequence[Layer], budget: Budget, values: Sequence[ArrayLike], start: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Take units in the order of their value per cost until none is affordable.
 
     Args:
         values: per layer the worth of its first, second, ... unit, not increasing (each is cut to its running minimum,
             so that unit k + 1 never comes before unit k). Units beyond the list are worth nothing: last, evenly.
+        start: ranks within the budget to go on from, by default r_min.
 
     Raises:
         ValueError: if a value is not finite, or r_min alone exceeds the budget.
     """
     low, high = budget.bounds(layers)
     costs = budget.unit_costs(layers)
-    left = budget.allowed(layers) - sum(rank * cost for rank, cost in zip(low, costs, strict=True))
+    ranks = low if start is None else [start[layer.name] for layer in layers]
+    left = budget.allowed(layers) - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     worth = [np.minimum.accumulate(np.maximum(np.asarray(value, dtype=float), 0)) for value in values]
     if any(not np.isfinite(value).all() for value in worth):
         raise ValueError("the values of rank units must be finite numbers")
-    ranks = list(low)
 
     def entry(index: int) -> tuple[float, int, int]:
         rank = ranks[index]

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from numbers import Real
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from scipy.special import gammaln, xlog1py, xlogy
+
+from orca_rank.ranks.allocate import power
 
 
 def sample_ibp(n: int, alpha: float | int, *, seed: int | None = None) -> Int[np.ndarray, "n K"]:
@@ -121,10 +124,16 @@ def beta_bernoulli_law(
 
 
 def concentration(gaps: Float[np.ndarray, " layers"], mean: float | int, gamma: float | int = 1.0) -> np.ndarray:
-    """α_i = a D_i^γ / mean(D^γ), so that the mean of the α_i is a; all alike if no layer shows a gap."""
-    scaled = np.maximum(gaps, 0.0)
-    top = scaled.max(initial=0.0)
-    weights = np.power(scaled / top, float(gamma)) if top > 0 else np.ones_like(scaled)
+    """α_i = a D_i^γ / mean(D^γ), so that the mean of the α_i is a; all alike if no layer shows a gap.
+
+    Raises:
+        ValueError: if a is no finite number >= 0, or gamma as in `allocate.power`.
+    """
+    if not isinstance(mean, Real) or not 0 <= mean < math.inf:
+        raise ValueError(f"a, the mean prior rank, must be a finite number >= 0, got {mean!r}")
+    weights = power(np.maximum(gaps, 0.0), gamma)
+    if not weights.any():
+        weights = np.ones_like(weights)
     return float(mean) * weights / weights.mean()
 
 

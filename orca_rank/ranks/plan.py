@@ -1,81 +1,20 @@
-"""Layers, budgets and rank plans: the plain values that travel between measuring and adapting."""
+"""Budgets and rank plans."""
 
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from numbers import Integral
+from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
+from orca_rank.ranks.layer import LayerLike, as_layers, some
+from orca_rank.ranks.peft import lora_arguments
+
 SCHEMA = 1
-SHAPE_KEYS = ("name", "d_in", "d_out", "gap")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One adaptable linear map: a weight of shape (d_out, d_in) and what was measured at its input.
-
-    Args:
-        name: module name inside the body, e.g. `layers.0.blocks.1.attn.qkv`.
-        d_in, d_out: its shape; one unit of rank costs `d_in + d_out` parameters.
-        gap: metric -> {"value", "low", "high", "p"}, calibrated (`orca_rank.distances.null`).
-        measured: every other measurement under its own name (`ot_map`, `gradient`, `weight`, ...).
-    """
-
-    name: str
-    d_in: int
-    d_out: int
-    gap: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    measured: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.d_in < 1 or self.d_out < 1:
-            raise ValueError(f"layer {self.name}: d_in and d_out must be positive, got {self.d_in} and {self.d_out}")
-
-    @property
-    def cost(self) -> int:
-        """Parameters of one unit of rank: a row of A (d_in) and a column of B (d_out)."""
-        return self.d_in + self.d_out
-
-    @property
-    def full_rank(self) -> int:
-        """The rank at which BA can be any matrix of this shape."""
-        return min(self.d_in, self.d_out)
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Layer:
-        """Read one entry of `layers.json`; keys that are not shape or gap are measurements."""
-        if missing := [key for key in SHAPE_KEYS[:3] if key not in record]:
-            raise ValueError(f"a layer needs {', '.join(SHAPE_KEYS[:3])}; {missing} missing in {sorted(record)}")
-        return cls(
-            name=str(record["name"]),
-            d_in=int(record["d_in"]),
-            d_out=int(record["d_out"]),
-            gap=dict(record.get("gap") or {}),
-            measured={key: value for key, value in record.items() if key not in SHAPE_KEYS},
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """One entry of `layers.json`."""
-        return {"name": self.name, "d_in": self.d_in, "d_out": self.d_out, "gap": dict(self.gap), **self.measured}
-
-
-LayerLike = Layer | Mapping[str, Any]
-
-
-def as_layers(layers: Sequence[LayerLike]) -> list[Layer]:
-    """Accept `Layer` records or dicts in the form of `layers.json`; refuse an empty list and repeated names."""
-    records = [layer if isinstance(layer, Layer) else Layer.from_dict(layer) for layer in layers]
-    names = [layer.name for layer in records]
-    if not names:
-        raise ValueError("no layers given: the target pattern matched nothing")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"layers are named twice: {_some(repeated)}")
-    return records
 
 
 @dataclass(frozen=True)
@@ -83,20 +22,22 @@ class Budget:
     """What a plan may spend: exactly one of three limits, and bounds on every layer's rank.
 
     Args:
-        mean_rank: Σ r_i <= mean_rank · (number of layers).
-        total_rank: Σ r_i <= total_rank.
-        parameters: Σ r_i (d_in + d_out) <= parameters.
-        r_min, r_max: bounds for every layer; a layer's own full rank min(d_in, d_out) bounds it as well.
+        mean_rank: Σ r_i <= mean_rank · (number of layers); a number.
+        total_rank: Σ r_i <= total_rank, a whole number.
+        parameters: Σ r_i (d_in + d_out) <= parameters, a whole number.
+        r_min, r_max: bounds for every layer, whole numbers; a layer's own full rank min(d_in, d_out) bounds it as well.
 
     Raises:
-        ValueError: if not exactly one limit is given, or a number is negative or out of order.
+        ValueError: if not exactly one limit is given, or one is no finite number, no whole number of ranks or
+            parameters, negative or out of order.
     """
 
-    mean_rank: float | int | None = None
-    total_rank: int | None = None
-    parameters: int | None = None
-    r_min: int = 0
-    r_max: int | None = None
+    # Checked below, and made Python's own int or float: what is given may come from a command line or from numpy.
+    mean_rank: Any = None
+    total_rank: Any = None
+    parameters: Any = None
+    r_min: Any = 0
+    r_max: Any = None
 
     def __post_init__(self) -> None:
         limits = {name: getattr(self, name) for name in ("mean_rank", "total_rank", "parameters")}
@@ -106,10 +47,10 @@ class Budget:
                 f"a budget takes exactly one of mean_rank, total_rank, parameters; got {given or 'none'}: "
                 "set the others to null, e.g. budget.mean_rank=null budget.parameters=200000"
             )
-        name, value = next(iter(given.items()))
-        if not value >= 0:
-            raise ValueError(f"budget.{name} must not be negative, got {value}")
-        if self.r_min < 0 or (self.r_max is not None and self.r_max < self.r_min):
+        for name in (*given, "r_min", "r_max"):
+            if (value := getattr(self, name)) is not None or name == "r_min":
+                object.__setattr__(self, name, _amount(name, value, whole=name != "mean_rank"))
+        if self.r_max is not None and self.r_max < self.r_min:
             raise ValueError(f"a budget needs 0 <= r_min <= r_max, got r_min={self.r_min}, r_max={self.r_max}")
 
     def unit_costs(self, layers: Sequence[LayerLike]) -> list[int]:
@@ -149,6 +90,18 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, record: Any) -> Budget:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: for another form, or as for a new budget.
+        """
+        known = [item.name for item in fields(cls)]
+        if not isinstance(record, Mapping) or not set(record) <= set(known):
+            raise ValueError(f"a budget is an object with keys among {', '.join(known)}; got {record!r}")
+        return cls(**record)
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -183,7 +136,7 @@ class RankPlan:
 
     def __getitem__(self, name: str) -> int:
         if name not in self.ranks:
-            raise KeyError(f"the rank plan has no layer {name!r}; it has {_some(list(self.ranks))}")
+            raise KeyError(f"the rank plan has no layer {name!r}; it has {some(list(self.ranks))}")
         return self.ranks[name]
 
     def __len__(self) -> int:
@@ -205,14 +158,14 @@ class RankPlan:
         """
         records = {layer.name: layer for layer in as_layers(layers)}
         if unknown := sorted(set(self.ranks) - set(records)):
-            raise ValueError(f"the rank plan names unknown layers: {_some(unknown)}; the model has {_some(records)}")
+            raise ValueError(f"the rank plan names unknown layers: {some(unknown)}; the model has {some(records)}")
         if missing := sorted(set(records) - set(self.ranks)):
-            raise ValueError(f"the rank plan says nothing of {_some(missing)}: give every layer a rank (0 for none)")
+            raise ValueError(f"the rank plan says nothing of {some(missing)}: give every layer a rank (0 for none)")
         full = {name: layer.full_rank for name, layer in records.items()}
         above = [f"{name} ({rank} > {full[name]})" for name, rank in self.ranks.items() if rank > full[name]]
         if above and not self.allow_above_full:
             raise ValueError(
-                f"rank above min(d_in, d_out): {_some(above)}: lower it, or set allow_above_full=true on purpose"
+                f"rank above min(d_in, d_out): {some(above)}: lower it, or set allow_above_full=true on purpose"
             )
         return self
 
@@ -242,7 +195,7 @@ class RankPlan:
         return cls(
             ranks=dict(record["ranks"]),
             rule=str(record.get("rule", "")),
-            budget=None if budget is None else Budget(**budget),
+            budget=None if budget is None else Budget.from_dict(budget),
             options=dict(record.get("options") or {}),
             allow_above_full=bool(record.get("allow_above_full", False)),
             measurement=str(record.get("measurement", "")),
@@ -253,32 +206,38 @@ class RankPlan:
 
     @classmethod
     def from_json(cls, text: str) -> RankPlan:
-        """Read what `to_json` wrote; errors as in `from_dict`."""
-        return cls.from_dict(json.loads(text))
+        """Read what `to_json` wrote; ValueError if it is no JSON object, and as in `from_dict`."""
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a rank plan is a JSON object, got {text[:40]!r}: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"a rank plan is a JSON object, got {text[:40]!r}")
+        return cls.from_dict(record)
 
     def to_peft(self, alpha: float | int | None = None) -> dict[str, Any]:
-        """The arguments of a PEFT `LoraConfig` that give every layer its own rank.
+        """The arguments of a PEFT `LoraConfig` that give every layer its own rank, and adapt nothing else.
 
-        PEFT matches a pattern key by `(.*\\.)?(key)$`, first entry first: keys are escaped, so that a dot is a dot, and
-        sorted from long to short, so that `a.b` is not taken by the key `b`. Layers of rank 0 are not targets.
+        PEFT must be given the module that the names are relative to. Every pattern is an escaped full name, because
+        PEFT reads plain names as suffixes and a dot as any character.
+
+        The parts `….qkv.q`, `.k` and `.v` of a fused matrix become one adapter of that matrix, of the sum of their
+        ranks and the same scale. It can express what the parts can (A stacked, B block-diagonal, as `save_peft` writes
+        them) and more, for PEFT trains a full B, at twice their parameters.
 
         Args:
             alpha: the same `lora_alpha` for every layer; by default its rank, so that the scale alpha/r is 1.
+
+        Raises:
+            ValueError: if every rank is 0, a matrix stands in the plan both whole and in parts, or `alpha` is given
+                for parts of unequal ranks, whose scales then differ.
         """
-        kept = [
-            (name, self.ranks[name]) for name in sorted(self.ranks, key=lambda name: (-len(name), name)) if self[name]
-        ]
-        if not kept:
-            raise ValueError("every rank is 0: PEFT has no adapter without a layer")
-        return {
-            "r": max(rank for _, rank in kept),
-            "lora_alpha": max(rank for _, rank in kept) if alpha is None else alpha,
-            "target_modules": [name for name, _ in kept],
-            "rank_pattern": {re.escape(name): rank for name, rank in kept},
-            "alpha_pattern": {re.escape(name): rank if alpha is None else alpha for name, rank in kept},
-        }
+        return lora_arguments(self.ranks, alpha)
 
 
-def _some(names: Sequence[str] | Mapping[str, Any], limit: int = 4) -> str:
-    shown = list(names)[:limit]
-    return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _amount(name: str, value: Any, whole: bool) -> int | float:
+    """A number of a budget as Python's own int or float."""
+    finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not finite or value < 0 or (whole and value != int(value)):
+        raise ValueError(f"budget.{name} must be a {'whole' if whole else 'finite'} number >= 0, got {value!r}")
+    return int(value) if whole or isinstance(value, Integral) else float(value)

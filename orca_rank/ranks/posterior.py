@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from orca_rank.ranks.allocate import greedy
 from orca_rank.ranks.ibp import concentration, stick_law
-from orca_rank.ranks.plan import Budget, LayerLike, RankPlan, as_layers
+from orca_rank.ranks.layer import LayerLike, as_layers
+from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import gap_values
 
 Losses = Float[np.ndarray, "ranks images"]
@@ -57,6 +58,11 @@ def posterior(
         losses = load_file(losses)
     if missing := [layer.name for layer in records if layer.name not in losses]:
         raise ValueError(f"the losses lack {missing[0]} and {len(missing) - 1} more layers")
+    if odd := [layer.name for layer in records if losses[layer.name].shape != losses[records[0].name].shape]:
+        raise ValueError(
+            f"the losses of {records[0].name} have shape {losses[records[0].name].shape}, those of {odd[0]} "
+            f"{losses[odd[0]].shape}: every layer needs the same (ranks, images)"
+        )
     grid = _grid(losses[records[0].name], losses.get("ranks") if ranks is None else ranks)
     gaps = np.ones(len(records)) if metric is None else gap_values(records, metric, "posterior")
     alpha = np.maximum(concentration(gaps, a, gamma), 1e-6)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from orca_rank.ranks.allocate import share_along
+from orca_rank.ranks.allocate import power, share_along
 from orca_rank.ranks.ibp import beta_bernoulli_law, concentration, poisson_law, stick_law
-from orca_rank.ranks.plan import Budget, LayerLike, RankPlan, as_layers
-from orca_rank.ranks.rules import gap_values, need_budget, power
+from orca_rank.ranks.layer import LayerLike, as_layers
+from orca_rank.ranks.plan import Budget, RankPlan
+from orca_rank.ranks.rules import gap_values, need_budget
 
 STATISTICS = ("mean", "mode", "quantile", "sample")
 Law = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -29,10 +31,13 @@ def ibp_count(
     """r_i ~ Poisson(α_i) truncated to [r_min, r_max]: the number of dishes one customer of an IBP takes.
 
     Args:
-        a: mean prior rank. By default the largest that the budget affords, and the budget is spent to the last unit;
-            if given, the budget only bounds r_min and r_max and may be None.
+        a: mean prior rank. By default the largest that the budget affords, and the budget is spent to the last unit.
+            If given, the ranks are what the prior says; a budget may be None, and is otherwise a limit.
         gamma, metric: α_i = a D_i^γ / mean(D^γ), D_i the calibrated gap, negative ones as 0.
         statistic: `mean` (rounded by largest remainder), `mode`, `quantile`, or `sample` (one draw from `seed`).
+
+    Raises:
+        ValueError: for a bad option, or an `a` whose ranks exceed the budget.
     """
     options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
     return _from_prior("ibp_count", poisson_law, layers, budget, options)
@@ -49,7 +54,10 @@ def ibp_stick(
     quantile: float | int = 0.9,
     seed: int = 0,
 ) -> RankPlan:
-    """P(r_i >= k) = (α_i/(1+α_i))^k, the nested stick-breaking prior; arguments as in `ibp_count`."""
+    """P(r_i >= k) = (α_i/(1+α_i))^k, the nested stick-breaking prior; arguments and errors as in `ibp_count`, but
+    `statistic="mode"` is refused: this law is largest at r_min whatever the gap."""
+    if statistic == "mode":
+        raise ValueError("the mode of ibp_stick is r_min for every gap: take statistic=mean, quantile or sample")
     options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
     return _from_prior("ibp_stick", stick_law, layers, budget, options)
 
@@ -67,20 +75,25 @@ def beta_bernoulli(
     features: int | None = None,
 ) -> RankPlan:
     """r_i ~ Binomial(K, α_i/(K + α_i)), the finite beta-Bernoulli prior with K = `features` (by default the highest
-    rank allowed in the layer); other arguments as in `ibp_count`."""
+    rank allowed in the layer), which no rank exceeds; other arguments and errors as in `ibp_count`."""
     options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
-    if features is not None and features < 1:
-        raise ValueError(f"features must be at least 1, got {features}")
+    if features is not None and features < max(1, 0 if budget is None else budget.r_min):
+        raise ValueError(f"features is the highest rank: it must be at least 1 and budget.r_min, got {features}")
 
     def law(alpha: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return beta_bernoulli_law(alpha, low, high, None if features is None else np.full_like(high, features))
 
-    plan = _from_prior("beta_bernoulli", law, layers, budget, options)
+    plan = _from_prior("beta_bernoulli", law, layers, budget, options, features)
     return RankPlan(plan.ranks, plan.rule, plan.budget, {**plan.options, "features": features})
 
 
 def _from_prior(
-    rule: str, law: Law, layers: Sequence[LayerLike], budget: Budget | None, options: dict[str, object]
+    rule: str,
+    law: Law,
+    layers: Sequence[LayerLike],
+    budget: Budget | None,
+    options: dict[str, object],
+    r_max: int | None = None,
 ) -> RankPlan:
     records = as_layers(layers)
     statistic, a, gamma, share = (options[key] for key in ("statistic", "a", "gamma", "quantile"))
@@ -88,13 +101,14 @@ def _from_prior(
         raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
     if not 0 < share < 1:
         raise ValueError(f"quantile must lie between 0 and 1, got {share}")
-    if a is not None and not a >= 0:
-        raise ValueError(f"a must not be negative, got {a}")
     limit = need_budget(budget, rule, "or give rank.a") if a is None else budget
+    if limit is not None and r_max is not None:
+        limit = replace(limit, r_max=r_max if limit.r_max is None else min(r_max, limit.r_max))
     gaps = gap_values(records, options["metric"], rule)
-    unit = concentration(gaps, 1.0, gamma)
+    unit = concentration(gaps, 1.0 if a is None else a, gamma)
     if limit is None:
-        low, high = np.zeros(len(records), dtype=int), np.array([layer.full_rank for layer in records])
+        low = np.zeros(len(records), dtype=int)
+        high = np.array([min(layer.full_rank, r_max or layer.full_rank) for layer in records])
     else:
         low, high = (np.array(bound) for bound in limit.bounds(records))
     uniforms = np.random.default_rng(options["seed"]).random(len(records))
@@ -104,18 +118,38 @@ def _from_prior(
         return probability @ np.arange(probability.shape[1])
 
     def ranks(level: float) -> np.ndarray:
-        probability = law(level * unit, low, high)
         if statistic == "mean":
-            return np.floor(probability @ np.arange(probability.shape[1]) + 1e-9).astype(int)
+            return np.floor(means(level) + 1e-9).astype(int)
+        probability = law(level * unit, low, high)
         if statistic == "mode":
             return probability.argmax(axis=1)
         target = np.full(len(records), float(share)) if statistic == "quantile" else uniforms
         below = np.cumsum(probability, axis=1) < target[:, None] - 1e-12
         return np.minimum(below.sum(axis=1), high)
 
-    if a is not None:
-        chosen = np.rint(means(float(a))).astype(int) if statistic == "mean" else ranks(float(a))
-        named = {layer.name: int(rank) for layer, rank in zip(records, chosen, strict=True)}
-        return RankPlan(named, rule, limit, options)
-    level, named = share_along(records, limit, power(gaps, gamma), means, ranks)
-    return RankPlan(named, rule, limit, {**options, "a": level})
+    if a is None:
+        level, named = share_along(records, limit, power(gaps, gamma), means, ranks)
+        return RankPlan(named, rule, budget, {**options, "a": level})
+    chosen = _largest_remainder(means(1.0)) if statistic == "mean" else ranks(1.0)
+    plan = RankPlan({layer.name: int(r) for layer, r in zip(records, chosen, strict=True)}, rule, budget, options)
+    return _within_budget(plan, records)
+
+
+def _within_budget(plan: RankPlan, records: Sequence[LayerLike]) -> RankPlan:
+    budget = plan.budget
+    if budget is not None and (used := budget.used(plan, records)) > (allowed := budget.allowed(records)):
+        raise ValueError(
+            f"{plan.rule} with a={plan.options['a']} asks for {used} "
+            f"{'ranks' if budget.parameters is None else 'parameters'}, the budget allows {allowed}: lower rank.a, "
+            "raise the budget, set its limit to null, or leave rank.a null for the largest that the budget affords"
+        )
+    return plan
+
+
+def _largest_remainder(quotas: np.ndarray) -> np.ndarray:
+    """Integers of the same (rounded) sum: all rounded down, then one more for the largest remainders."""
+    ranks = np.floor(quotas + 1e-9).astype(int)
+    left = int(np.rint(quotas.sum())) - int(ranks.sum())
+    order = np.argsort(-np.round(quotas - ranks, 9), kind="stable")  # of equals the earlier first
+    ranks[order[: max(left, 0)]] += 1
+    return ranks

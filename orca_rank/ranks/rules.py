@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from orca_rank.ranks.allocate import share
-from orca_rank.ranks.plan import Budget, Layer, LayerLike, RankPlan, as_layers
+from orca_rank.ranks.allocate import power, share
+from orca_rank.ranks.layer import Layer, LayerLike, as_layers
+from orca_rank.ranks.plan import Budget, RankPlan
+
+P_VALUES = "gap.permutations > 0 (of the metrics other than mmd, energy and sliced: gap.slow.permutations > 0)"
 
 
 class MissingMeasurement(ValueError):
@@ -86,7 +89,8 @@ def from_file(
     path: str | Path | None = None,
     allow_above_full: bool = False,
 ) -> RankPlan:
-    """A plan from JSON: what `RankPlan.to_json` or stage=measure wrote, or a plain {layer: rank}. No budget is applied.
+    """A plan from JSON: what `RankPlan.to_json`, stage=measure (ranks.json) or stage=plan (plan.json) wrote, or a plain
+    {layer: rank}. No budget is applied.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is not a plan of exactly these layers.
@@ -95,17 +99,32 @@ def from_file(
         raise ValueError("rank=from_file needs the path of a rank plan: set rank.path=<file.json>")
     source = Path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"no rank plan at {source}: stage=measure and stage=plan write one as ranks.json")
+        raise FileNotFoundError(
+            f"no rank plan at {source}: stage=measure writes measure/ranks.json, stage=plan plan/plan.json"
+        )
     try:
         content = json.loads(source.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} must hold an object {{layer: rank}}, got a {type(content).__name__}")
-    ranks = content["ranks"] if isinstance(content.get("ranks"), dict) else content
-    above = allow_above_full or bool(isinstance(content.get("ranks"), dict) and content.get("allow_above_full", False))
+    try:
+        plan = _plan_in(content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} is no rank plan: {error}") from error
     options = {"path": str(source), "allow_above_full": allow_above_full}
-    return RankPlan(ranks, "from_file", None, options, above).check(layers)
+    return RankPlan(plan.ranks, "from_file", None, options, allow_above_full or plan.allow_above_full).check(layers)
+
+
+def _plan_in(content: Any) -> RankPlan:
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object {{layer: rank}}, got a {type(content).__name__}")
+    if isinstance(content.get("ranks"), dict):
+        return RankPlan.from_dict(content)
+    if not isinstance(content.get("layers"), list):
+        return RankPlan(content)
+    entries = content["layers"]
+    if not all(isinstance(entry, dict) and {"name", "rank"} <= set(entry) for entry in entries):
+        raise ValueError('its "layers" need a name and a rank each, as stage=plan writes them to plan/plan.json')
+    return RankPlan({entry["name"]: entry["rank"] for entry in entries})
 
 
 def stable_rank(
@@ -116,6 +135,8 @@ def stable_rank(
     Args:
         statistic: `stable_rank`, or `effective_rank` = exp of the entropy of s/Σs.
     """
+    if statistic not in ("stable_rank", "effective_rank"):
+        raise ValueError(f"statistic must be stable_rank or effective_rank, got {statistic!r}")
     return _by_number(layers, budget, "stable_rank", ("weight", statistic), {"statistic": statistic})
 
 
@@ -165,7 +186,7 @@ def gap_values(
     _complain(layers, values, f"the gap '{metric}'", rule, f"'{metric}' among gap.metrics (gap=all has all)")
     if p_max is not None:
         p_values = [_number(entry.get("p")) for entry in entries]
-        _complain(layers, p_values, f"p-values of the gap '{metric}'", rule, "gap.permutations > 0")
+        _complain(layers, p_values, f"p-values of the gap '{metric}'", rule, P_VALUES)
         values = [value if p <= p_max else 0.0 for value, p in zip(values, p_values, strict=True)]
     return np.maximum(np.array(values, dtype=float), 0.0)
 
@@ -187,12 +208,6 @@ def measurement(layer: Layer, keys: Sequence[str]) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def power(values: Float[np.ndarray, " layers"], gamma: float | int) -> Float[np.ndarray, " layers"]:
-    """(D_i / max D)^γ; all zeros stay zeros for γ > 0."""
-    top = values.max()
-    return np.power(values / top if top > 0 else values, float(gamma))
 
 
 def _by_number(

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from orca_rank.ranks.allocate import greedy
-from orca_rank.ranks.plan import Budget, Layer, LayerLike, RankPlan, as_layers
+from orca_rank.ranks.layer import Layer, LayerLike, as_layers
+from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import measured, measurement, need_budget
 
 BELOW = 1e-9  # what a direction under the noise floor counts, against its own square
@@ -42,10 +43,11 @@ def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho
     the largest taken until the budget is spent.
 
     Args:
-        rho: no layer gets more than rho times the rank that the budget gives every layer alike.
+        rho: no layer gets more than rho times the rank that the budget gives every layer alike, unless all the others
+            are full: what the cap leaves over is then spent in the same order without it.
     """
-    if not rho >= 1:
-        raise ValueError(f"rho must be at least 1, got {rho}")
+    if not 1 <= rho < np.inf:
+        raise ValueError(f"rho must be a finite number of at least 1, got {rho}")
     records = as_layers(layers)
     limit = need_budget(budget, "activation")
     energy = measured(records, "activation", ("activation", "energy"))
@@ -53,7 +55,8 @@ def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho
     even = limit.allowed(records) / sum(limit.unit_costs(records))
     cap = max(limit.r_min, int(np.ceil(rho * even)))
     capped = replace(limit, r_max=cap if limit.r_max is None else min(cap, limit.r_max))
-    return RankPlan(greedy(records, capped, values), "activation", limit, {"rho": rho})
+    ranks = greedy(records, limit, values, start=greedy(records, capped, values))
+    return RankPlan(ranks, "activation", limit, {"rho": rho})
 
 
 def _above_null(records: list[Layer], budget: Budget | None, rule: str, energy: np.ndarray) -> RankPlan:

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from safetensors.numpy import load_file
 
-from orca_rank.ranks.plan import Budget, LayerLike, RankPlan, as_layers
+from orca_rank.ranks.layer import LayerLike, as_layers
+from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import uniform
 
 Matrix = Float[np.ndarray, "d_out d_in"]
@@ -28,15 +29,18 @@ def theory(
     update: ArrayLike | Mapping[str, ArrayLike] | str | Path | None = None,
     tolerance: float = 1e-6,
 ) -> RankPlan:
-    """Zeng and Lee's bound from a given ΔW. A budget, if given, caps the ranks at what it affords for all alike.
+    """Zeng and Lee's bound from a given ΔW. A budget, if given, caps the ranks at what it affords for all alike, and
+    its r_min raises them.
 
     Args:
-        update: one matrix E = W̄ − Π W_l for the chain of all layers: R = ⌈rank(E) / L⌉ everywhere. Or a mapping, or a
-            safetensors file, layer -> its own ΔW, for example of a full fine-tune: each layer gets rank(ΔW), L = 1.
+        update: one matrix E = W̄ − Π W_l (d_out of the last, d_in of the first layer) for the chain of all layers:
+            R = ⌈rank(E) / L⌉ everywhere. Or a mapping, or a safetensors file, of exactly these layers to their own ΔW
+            (d_out, d_in), for example of a full fine-tune: each layer gets rank(ΔW), L = 1.
         tolerance: singular values below this share of the largest count as 0.
 
     Raises:
-        ValueError: without an update, or for one that fits no layer. FileNotFoundError: if the file is not there.
+        ValueError: without an update, or for one that does not fit the layers' names or shapes. FileNotFoundError: if
+            the file is not there.
     """
     records = as_layers(layers)
     if update is None:
@@ -48,16 +52,32 @@ def theory(
             raise FileNotFoundError(f"no file of updates at {update}: set rank.update")
         update = load_file(update)
     if isinstance(update, Mapping):
-        if missing := [layer.name for layer in records if layer.name not in update]:
+        shapes = {layer.name: (layer.d_out, layer.d_in) for layer in records}
+        if missing := [name for name in shapes if name not in update]:
             raise ValueError(f"the update has nothing for {missing[0]} and {len(missing) - 1} more layers")
-        wanted = {layer.name: numerical_rank(np.asarray(update[layer.name]), tolerance) for layer in records}
+        if unknown := [name for name in update if name not in shapes]:
+            raise ValueError(f"the update names {unknown[0]!r}, which is none of the layers {list(shapes)[:4]}, ...")
+        wanted = {
+            name: numerical_rank(_fitting(update[name], shape, name), tolerance) for name, shape in shapes.items()
+        }
     else:
-        rank = chain_rank(numerical_rank(np.asarray(update), tolerance), len(records))
+        whole = _fitting(update, (records[-1].d_out, records[0].d_in), "the chain of all layers")
+        rank = chain_rank(numerical_rank(whole, tolerance), len(records))
         wanted = {layer.name: rank for layer in records}
+    low = {layer.name: 0 for layer in records}
     top = {layer.name: layer.full_rank for layer in records}
     if budget is not None:
+        low = dict(zip(low, budget.bounds(records)[0], strict=True))
         top = uniform(records, budget).ranks
-    return RankPlan({name: min(rank, top[name]) for name, rank in wanted.items()}, "theory", budget, options)
+    ranks = {name: max(low[name], min(rank, top[name])) for name, rank in wanted.items()}
+    return RankPlan(ranks, "theory", budget, options)
+
+
+def _fitting(update: ArrayLike, shape: tuple[int, int], what: str) -> np.ndarray:
+    matrix = np.asarray(update)
+    if matrix.shape != shape:
+        raise ValueError(f"the update of {what} has shape {matrix.shape}, expected (d_out, d_in) = {shape}")
+    return matrix
 
 
 def numerical_rank(matrix: np.ndarray, tolerance: float = 1e-6) -> int:

@@ -1,0 +1,51 @@
+"""A rank plan as the arguments of PEFT's `LoraConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+THIRD = re.compile(r"((?:.*\.)?qkv)\.[qkv]")  # how layers.qkv=separate names the parts of a fused matrix
+
+
+def lora_arguments(ranks: Mapping[str, int], alpha: float | int | None) -> dict[str, Any]:
+    """What `RankPlan.to_peft` returns and raises."""
+    layers = {name: _fused(name, parts, alpha) for name, parts in _parts(ranks).items()}
+    if not layers:
+        raise ValueError("every rank is 0: PEFT has no adapter without a layer")
+    top = max(rank for rank, _ in layers.values())
+    return {
+        "r": top,
+        "lora_alpha": top if alpha is None else alpha,
+        # PEFT reads a list as suffixes, which would reach `aux.head` for `head`; it matches an expression in full.
+        "target_modules": "|".join(f"(?:{re.escape(name)})" for name in layers),
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, (rank, _) in layers.items()},
+        "alpha_pattern": {f"^{re.escape(name)}": own for name, (_, own) in layers.items()},
+    }
+
+
+def _parts(ranks: Mapping[str, int]) -> dict[str, list[int]]:
+    """Module -> the ranks above 0 that adapt it: one, or up to three of a fused matrix."""
+    found: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        third = THIRD.fullmatch(name)
+        if third and third[1] in ranks:
+            raise ValueError(f"the rank plan has both {third[1]} and its part {name}: keep one of them")
+        if rank:
+            found.setdefault(third[1] if third else name, []).append(rank)
+    return found
+
+
+def _fused(name: str, parts: list[int], alpha: float | int | None) -> tuple[int, float | int]:
+    """Rank and alpha of the whole matrix; alpha / rank is what each part has."""
+    total = sum(parts)
+    if alpha is None:
+        return total, total
+    if len(set(parts)) > 1:
+        raise ValueError(
+            f"{name}: its q, k, v have the ranks {parts}, so that one alpha={alpha} scales them differently, which a "
+            "LoraConfig of the fused matrix cannot say: leave alpha out (each is then scaled by 1), or use "
+            "orca_rank.adapters.inject and save_peft, which put the difference into B"
+        )
+    return total, alpha * len(parts)
