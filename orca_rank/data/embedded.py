@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,13 @@ class Embedded(InMemory):
         self.path = Path(file) if Path(file).suffix else shipped(file, "source")
         if not self.path.is_file():
             raise FileNotFoundError(f"no source tokens at {self.path}: set source.file to what stage=pretrain wrote")
-        with np.load(self.path) as stored:
-            if missing := [name for name in ARRAYS if name not in stored]:
-                raise ValueError(f"{self.path} lacks {', '.join(missing)}: source.file takes what stage=pretrain wrote")
-            self.arrays: dict[str, Any] = {name: stored[name] for name in ARRAYS}
+        try:
+            with np.load(self.path) as stored:
+                self.arrays: dict[str, Any] = {name: stored[name] for name in ARRAYS}
+        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{self.path} does not hold source tokens ({error}): source.file takes what stage=pretrain wrote"
+            ) from error
 
     @property
     def contents(self) -> str:
