@@ -96,7 +96,7 @@ def test_tokens_of_another_backbone_are_refused(composed, stored, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"source\.file"):
         Embedded(file=str(tmp_path / "none.npz"))
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    with pytest.raises(ValueError, match="does not hold source tokens.*tokens"):
+    with pytest.raises(ValueError, match=r"does not hold source tokens.*tokens"):
         Embedded(file=str(tmp_path / "other.npz"))
     (tmp_path / "torn.npz").write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="does not hold source tokens"):

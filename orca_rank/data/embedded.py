@@ -56,7 +56,7 @@ class Embedded(InMemory):
         if not self.path.is_file():
             raise FileNotFoundError(f"no source tokens at {self.path}: set source.file to what stage=pretrain wrote")
         try:
-            with np.load(self.path) as stored:
+            with open(self.path, "rb") as stream, np.load(stream) as stored:
                 self.arrays: dict[str, Any] = {name: stored[name] for name in ARRAYS}
         except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
