@@ -88,9 +88,12 @@ def test_the_stages_take_tokens_for_images(composed, stored, tmp_path):
 
 def test_tokens_of_another_backbone_are_refused(composed, stored, tmp_path):
     path, _ = stored
+    tokens = ("source=embedded", f"source.file={path}", "data=digits", "measure.compare={}")
     for stage in (align, measure):
-        with pytest.raises(ValueError, match=r"another backbone.*source=digits"):
-            stage.run(composed(*TINY, "source=embedded", f"source.file={path}", "seed=1"))
+        for backbone in (("backbone=swin_micro",), (*TINY, "backbone.options.img_size=32")):
+            with pytest.raises(ValueError, match=r"another backbone.*source=digits"):
+                stage.run(composed(*backbone, *tokens))
+    align.run(composed(*TINY, *tokens, "seed=1"))  # from scratch: tokens of the same shape will do
     with pytest.raises(ValueError, match=r"without images.*source=digits"):
         resolve_backbone(composed("backbone=swin_demo"))
     with pytest.raises(FileNotFoundError, match=r"source\.file"):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from orca_rank.artifacts import contents_hash
-from orca_rank.backbone import weights_hash
+from orca_rank.backbone import Embedder, weights_hash
 from orca_rank.data.module import InMemory, Parts, stratified_order
 from orca_rank.files import atomic
 from orca_rank.task import Task
@@ -84,9 +84,16 @@ class Embedded(InMemory):
         means = torch.from_numpy(self.arrays["means"][:limit].astype(np.float32))
         return means, torch.from_numpy(self.arrays["mean_labels"][:limit].astype(np.int64))
 
-    def check(self, embedder: nn.Module) -> None:
-        """Raise ValueError if the tokens were made by another embedder than this one."""
-        if str(self.arrays["embedder"]) != weights_hash(embedder):
+    def check(self, embedder: Embedder, pretrained: bool = True) -> None:
+        """Raise ValueError if the tokens were made by another embedder than this one.
+
+        A body from scratch (pretrained=False) has no source of its own: tokens of the right shape will do for it.
+        """
+        (height, width), (down, right) = embedder.image_size, embedder.proj.stride
+        shape = (height // down) * (width // right), embedder.proj.out_channels
+        tokens = self.arrays["tokens"]  # (p, N, d) or (p, h, w, d)
+        fits = (np.prod(tokens.shape[1:-1]), tokens.shape[-1]) == shape
+        if not fits or (pretrained and str(self.arrays["embedder"]) != weights_hash(embedder)):
             raise ValueError(
                 f"the source tokens in {self.path.name} belong to another backbone than the configured: give images "
                 f"instead (source=digits, tiny_imagenet, cifar10_5k, imagenet_1k, image_folder or arrays), or set "

@@ -120,7 +120,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     embedder = source_model(backbone).embedder
     data = build(config.source)
     if getattr(data, "embedded", False):
-        data.check(embedder)
+        data.check(embedder, backbone["pretrained"] is not False)
         tokens = torch.cat([x.flatten(1, -2) for x, _ in _limited(plain_loader(data, "train", 64), max(pool, 1))])
         return Source(*data.means(int(options.source_samples)), tokens[:pool])
     name = key(

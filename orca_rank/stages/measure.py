@@ -110,9 +110,10 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
             return records
 
         torch.manual_seed(seed)  # a body without pretrained weights must be the same on both sides
-        own = source_model(resolve_backbone(config))
+        backbone = resolve_backbone(config)
+        own = source_model(backbone)
         if getattr(sets["source"], "embedded", False):
-            sets["source"].check(own.embedder)
+            sets["source"].check(own.embedder, backbone["pretrained"] is not False)
             own.embedder = torch.nn.Identity()
         source = side("source", own, tokens)
         target = side("target", model, tokens)
