@@ -143,6 +143,13 @@ def test_an_epoch_visits_images_once_in_an_order_of_its_own():
     assert not torch.equal(first, torch.cat(list(order)))
 
 
+def test_another_augmentation_may_begin_with_the_decay():
+    mild, strong = Augmentation(), Augmentation(operations=2)
+    recipe = Recipe(epochs=5, schedule="wsd", decay_epochs=2, augmentation=mild, decay_augmentation=strong)
+    assert [recipe.augmentation_in(epoch) is strong for epoch in range(5)] == [False, False, False, True, True]
+    assert Recipe(augmentation=mild).augmentation_in(29) is mild
+
+
 def test_moving_average_follows_its_formula():
     network, average = nn.Linear(3, 2), nn.Linear(3, 2)
     expected = 0.9 * average.weight.detach() + 0.1 * network.weight.detach()
@@ -150,7 +157,10 @@ def test_moving_average_follows_its_formula():
     assert torch.allclose(average.weight, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"optimizer": "sgd"}, {"schedule": "step"}, {"ema": 1.0}, {"epochs": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"optimizer": "sgd"}, {"schedule": "step"}, {"ema": 1.0}, {"epochs": 0}, {"decay_augmentation": Augmentation()}],
+)
 def test_bad_recipes_are_refused(wrong):
     with pytest.raises(ValueError):
         Recipe(**wrong)

@@ -65,7 +65,8 @@ class Pretrain(L.LightningModule):
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         images, labels = batch
-        options, random = self.recipe.augmentation, np.random.default_rng((self.recipe.seed, self.current_epoch, index))
+        options = self.recipe.augmentation_in(self.current_epoch)
+        random = np.random.default_rng((self.recipe.seed, self.current_epoch, index))
         torch.manual_seed(int(random.integers(2**31)))  # dropout and drop path, the same after a resume
         x = options.images(unit_range(images, self.size), random)
         target = soft_labels(labels, self.classes, options.smoothing)
@@ -247,8 +248,7 @@ def on_source(config: DictConfig) -> Path:
 
 
 def _pretrain_on_source(config: DictConfig, folder: Path, made_from: dict[str, Any]) -> None:
-    options = plain(config.backbone.get("recipe", ON_THE_SPOT))
-    options = {**options, "augmentation": {**(options.get("augmentation") or {})}}
+    options = {**plain(config.backbone.get("recipe", ON_THE_SPOT))}
     validate_on = options.pop("validate_on", "val")
     source = build(config.source)
     if getattr(source, "embedded", False):
@@ -266,7 +266,8 @@ def _pretrain_on_source(config: DictConfig, folder: Path, made_from: dict[str, A
         train, val = tuple(torch.cat(both) for both in zip(train, val, strict=True)), parts.test
     if train[0].dtype != torch.uint8 and (train[0].min() < 0 or train[0].max() > 1):
         raise ValueError("pretraining takes source images as uint8 or as floats in [0, 1]")
-    recipe = Recipe(**options | {"augmentation": Augmentation(**options["augmentation"])})
+    drawn = {name: options.pop(name, None) for name in ("augmentation", "decay_augmentation")}
+    recipe = Recipe(**options, **{name: Augmentation(**values) for name, values in drawn.items() if values})
     classes, start = parts.task.output_shape[0], time.monotonic()
     torch.manual_seed(recipe.seed)
     network = timm.create_model(

@@ -45,7 +45,8 @@ class Recipe:
         compile: torch.compile the training step (a few minutes once, then about a quarter faster on a CPU).
         half: write the weights as float16.
         seed: of initial order, augmentation and dropout.
-        augmentation: see `Augmentation`.
+        augmentation: see `Augmentation`. decay_augmentation: with wsd, another one while the learning rate decays, when
+            a small network begins to know its training images by heart.
     """
 
     epochs: int = 30
@@ -63,16 +64,24 @@ class Recipe:
     half: bool = True
     seed: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    decay_augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', received {self.optimizer!r}")
         if self.schedule not in ("cosine", "wsd"):
             raise ValueError(f"schedule must be 'cosine' or 'wsd', received {self.schedule!r}")
+        if self.decay_augmentation is not None and self.schedule != "wsd":
+            raise ValueError("decay_augmentation needs schedule=wsd, whose decay begins at a known epoch")
         if min(self.epochs, self.batch_size, self.accumulate) < 1 or self.lr <= 0:
             raise ValueError("epochs, batch_size and accumulate must be at least 1 and lr above 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), received {self.ema}")
+
+    def augmentation_in(self, epoch: int) -> Augmentation:
+        """That of epoch 0, 1, …"""
+        decaying = self.decay_augmentation is not None and epoch >= self.epochs - self.decay_epochs
+        return self.decay_augmentation if decaying else self.augmentation
 
 
 def lr_factor(step: int, steps_per_epoch: float | int, recipe: Recipe) -> float:
