@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from shared import move_trained
 from torch import nn
 
 from orca_rank.adapters import (
@@ -235,11 +236,7 @@ def test_reads_what_peft_writes_and_trains_alike(tmp_path):
     peft = pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
     config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["proj"], rank_pattern={"patch_embed.proj": 2})
     theirs = peft.get_peft_model(swin(), config).eval()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move_trained(theirs)
     theirs.save_pretrained(tmp_path)
     model = swin()
     found = load_peft(model, tmp_path)

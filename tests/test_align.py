@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from shared import TINY_SWIN
 from torch import Tensor
 
 from orca_rank.stages import align, features
@@ -22,12 +23,7 @@ TINY = (
     "data.train_limit=60",
     "source=digits",
     "source.train_limit=60",
-    "backbone=swin_demo",
-    "backbone.pretrained=false",
-    "backbone.options.embed_dim=8",
-    "backbone.options.depths=[1,1]",
-    "backbone.options.num_heads=[1,2]",
-    "backbone.options.img_size=16",
+    *TINY_SWIN,
     "align.epochs=3",
     "align.decay.every=2",
     "align.held_out.resamples=2",

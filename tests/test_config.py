@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from shared import TINY_SWIN
 
 from orca_rank.__main__ import CONF
 from orca_rank.build import build
@@ -28,12 +29,7 @@ PLACES = {"optimizer": "finetune.optimizer"}
 SOURCE = {"source": torch.randn(12, 4), "label": torch.arange(12) % 3}
 # The smallest version of a run that still goes through everything the experiment chooses.
 SMALL_MODEL = (
-    "backbone=swin_demo",
-    "backbone.pretrained=false",
-    "backbone.options.embed_dim=8",
-    "backbone.options.depths=[1,1]",
-    "backbone.options.num_heads=[1,2]",
-    "backbone.options.img_size=16",
+    *TINY_SWIN,
     "embedder.aligned=false",
     "finetune.epochs=1",
     "trainer.enable_progress_bar=false",

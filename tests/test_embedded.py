@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from shared import TINY_SWIN
 
 from orca_rank.backbone import source_model
 from orca_rank.build import build
@@ -17,12 +18,7 @@ from orca_rank.stages import align, measure
 from orca_rank.stages.parts import resolve_backbone
 
 TINY = (
-    "backbone=swin_demo",
-    "backbone.pretrained=false",
-    "backbone.options.embed_dim=8",
-    "backbone.options.depths=[1,1]",
-    "backbone.options.num_heads=[1,2]",
-    "backbone.options.img_size=16",
+    *TINY_SWIN,
     "data=digits",
     "data.channels=3",
     "data.invert=true",

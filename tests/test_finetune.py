@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from shared import TINY_SWIN
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
@@ -25,12 +26,7 @@ TINY = (
     "data=digits",
     "data.train_limit=48",
     "data.batch_size=16",
-    "backbone=swin_demo",
-    "backbone.pretrained=false",
-    "backbone.options.embed_dim=8",
-    "backbone.options.depths=[1,1]",
-    "backbone.options.num_heads=[1,2]",
-    "backbone.options.img_size=16",
+    *TINY_SWIN,
     "rank=uniform",
     "rank.r=2",
     "embedder.aligned=false",

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shared import move_trained
 from torch import nn
 
 from orca_rank.adapters import LoRA, adapter_state_dict, adapters, inject, load_peft, save_peft
@@ -75,11 +76,7 @@ def test_reads_what_peft_writes(tmp_path):
         modules_to_save=["head.fc"],
     )  # fmt: skip
     theirs = peft.get_peft_model(swin(), config).eval()
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move_trained(theirs)
     theirs.save_pretrained(tmp_path)
     model = swin()
     found = load_peft(model, tmp_path)

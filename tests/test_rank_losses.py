@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from safetensors.torch import load_file
+from shared import TINY_SWIN
 
 from orca_rank import load
 from orca_rank.adapters import DyLoRA, adapters, cut, inject
@@ -25,12 +26,7 @@ TINY = (
     "data=digits",
     "data.train_limit=200",
     "data.batch_size=32",
-    "backbone=swin_demo",
-    "backbone.pretrained=false",
-    "backbone.options.embed_dim=8",
-    "backbone.options.depths=[1,1]",
-    "backbone.options.num_heads=[1,2]",
-    "backbone.options.img_size=16",
+    *TINY_SWIN,
     r"layers.target='(attn\.qkv|mlp\.fc1)$'",
     "embedder.aligned=false",
     "finetune.epochs=2",

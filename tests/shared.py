@@ -1,0 +1,23 @@
+"""What several test files need."""
+
+import torch
+from torch import nn
+
+# Options for a Swin of two blocks and a few thousand parameters, with random weights.
+TINY_SWIN = (
+    "backbone=swin_demo",
+    "backbone.pretrained=false",
+    "backbone.options.embed_dim=8",
+    "backbone.options.depths=[1,1]",
+    "backbone.options.num_heads=[1,2]",
+    "backbone.options.img_size=16",
+)
+
+
+@torch.no_grad()
+def move_trained(model: nn.Module) -> None:
+    """Random steps of everything that is trained, as if it had been."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn_like(parameter))
