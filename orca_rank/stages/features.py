@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from orca_rank.artifacts import key, plain, read_tensors, write_tensors
-from orca_rank.backbone import source_model, weights_hash
+from orca_rank.backbone import weights_hash
 from orca_rank.build import build
-from orca_rank.stages.parts import resolve_backbone
+from orca_rank.stages.parts import resolve_backbone, source_side
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
 
@@ -116,11 +116,9 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     options = config.align
     pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
     backbone = resolve_backbone(config)
-    torch.manual_seed(config.seed)  # where weights are random, those of every other stage
-    embedder = source_model(backbone).embedder
     data = build(config.source)
+    embedder = source_side(backbone, int(config.seed), data).embedder
     if getattr(data, "embedded", False):
-        data.check(embedder, backbone["pretrained"] is not False)
         tokens = torch.cat([x.flatten(1, -2) for x, _ in _limited(plain_loader(data, "train", 64), max(pool, 1))])
         return Source(*data.means(int(options.source_samples)), tokens[:pool])
     name = key(

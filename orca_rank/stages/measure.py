@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orca_rank.artifacts import file_hash, finished, read_json, select, stage_folder, write_json, write_tensors
-from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, source_model
+from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
 from orca_rank.gradients import Gradients, collect_gradients
 from orca_rank.ranks import Layer, RankPlan
@@ -40,6 +40,7 @@ from orca_rank.stages.parts import (
     make_plan,
     outline,
     resolve_backbone,
+    source_side,
 )
 from orca_rank.stages.unfinished import Unfinished
 from orca_rank.statistics import collect, module_of
@@ -109,13 +110,7 @@ def _measure(config: DictConfig, folder: Path, made_from: Mapping[str, Any]) -> 
                     records[module] |= record
             return records
 
-        torch.manual_seed(seed)  # a body without pretrained weights must be the same on both sides
-        backbone = resolve_backbone(config)
-        own = source_model(backbone)
-        if getattr(sets["source"], "embedded", False):
-            sets["source"].check(own.embedder, backbone["pretrained"] is not False)
-            own.embedder = torch.nn.Identity()
-        source = side("source", own, tokens)
+        source = side("source", source_side(resolve_backbone(config), seed, sets["source"]), tokens)
         target = side("target", model, tokens)
         gradients = None
         if wanted.gradient or wanted.importance or wanted.fisher:

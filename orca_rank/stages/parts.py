@@ -14,7 +14,7 @@ from torch import nn
 
 from orca_rank.adapters import inject
 from orca_rank.artifacts import plain, read_json, read_tensors, select, stage_folder
-from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
+from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, source_model
 from orca_rank.build import build
 from orca_rank.ranks import Budget, Layer, RankPlan, averaged
 from orca_rank.ranks.ibp import concentration
@@ -75,6 +75,23 @@ def contents(config: DictConfig, *places: str) -> dict[str, str]:
     options, what a result depends on."""
     found = {place: getattr(build(OmegaConf.select(config, place)), "contents", None) for place in places}
     return {place: value for place, value in found.items() if value is not None}
+
+
+def source_side(backbone: Mapping[str, Any], seed: int, data: L.LightningDataModule) -> OrcaModel:
+    """The pretrained embedder and body that a source passes through; no embedder where its data come as tokens.
+
+    Args:
+        backbone: as `resolve_backbone` gives it. seed: of weights that are random, the same in every stage.
+
+    Raises:
+        ValueError: if the tokens belong to another backbone.
+    """
+    torch.manual_seed(seed)
+    model = source_model(backbone)
+    if getattr(data, "embedded", False):
+        data.check(model.embedder, backbone["pretrained"] is not False)
+        model.embedder = nn.Identity()
+    return model
 
 
 def outline(data: L.LightningDataModule) -> Task:

@@ -223,6 +223,7 @@ def run(config: DictConfig) -> None:
     folder, made_from = stage_folder(config, "pretrain"), select(config, "source", "backbone", "seed")
     made_from["contents"] = contents(config, "source")
     weights, sample = folder / "weights.safetensors", folder / "source.npz"
+    source = build(config.source)
     done = finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain")
     if done and sample.exists():
         console.print(f"pretrain is done: {weights} (force=true redoes it)", soft_wrap=True)
@@ -230,9 +231,9 @@ def run(config: DictConfig) -> None:
     if not done:
         if config.force:
             (folder / "last.ckpt").unlink(missing_ok=True)
-        _pretrain_on_source(config, folder, made_from)
+        _pretrain_on_source(config, source, folder, made_from)
     trained = {**plain(config.backbone), "pretrained": str(weights)}
-    write_embedded(sample, source_model(trained).embedder, build(config.source).parts)
+    write_embedded(sample, source_model(trained).embedder, source.parts)
     console.print(f"use these weights with backbone.pretrained={weights}", soft_wrap=True)
     console.print(f"and source=embedded source.file={sample} where the images are not at hand", soft_wrap=True)
 
@@ -243,14 +244,15 @@ def on_source(config: DictConfig) -> Path:
     folder = Path(config.paths.cache) / "pretrain" / key(made_from)
     if not (folder / "metrics.json").exists() or not (folder / "weights.safetensors").exists():
         console.print(f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True)
-        _pretrain_on_source(config, folder, made_from)
+        _pretrain_on_source(config, build(config.source), folder, made_from)
     return folder / "weights.safetensors"
 
 
-def _pretrain_on_source(config: DictConfig, folder: Path, made_from: dict[str, Any]) -> None:
+def _pretrain_on_source(
+    config: DictConfig, source: L.LightningDataModule, folder: Path, made_from: dict[str, Any]
+) -> None:
     options = {**plain(config.backbone.get("recipe", ON_THE_SPOT))}
     validate_on = options.pop("validate_on", "val")
-    source = build(config.source)
     if getattr(source, "embedded", False):
         raise ValueError(
             "the source comes as tokens of another backbone, without images to pretrain on: choose source=digits, "
