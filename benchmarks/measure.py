@@ -22,10 +22,10 @@ from hydra import compose, initialize_config_dir
 
 from orca_rank.backbone import adaptable_layers, create_model
 from orca_rank.build import build
-from orca_rank.gradients import collect_gradients
+from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.gradients import collect_gradients
+from orca_rank.measuring.layers import Side, gap_records, measurements
 from orca_rank.ranks import Layer
-from orca_rank.stages.layer_records import Side, gap_records, measurements
-from orca_rank.statistics import collect, module_of
 from orca_rank.task import Task
 
 CONF = Path(__file__).parents[1] / "conf"

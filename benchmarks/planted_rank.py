@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from orca_rank import ranks
 from orca_rank.adapters import inject
 from orca_rank.distances import mmd
-from orca_rank.distances.null import calibrate
-from orca_rank.gradients import Gradients, collect_gradients
+from orca_rank.distances.calibrate import calibrate
+from orca_rank.measuring.activations import collect
+from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.spectra import activation, intrinsic_dimension, ot_map, transport, weight_ranks
 from orca_rank.ranks import Budget, Layer
 from orca_rank.ranks.theory import chain_error, fit_chain
-from orca_rank.spectra import activation, intrinsic_dimension, ot_map, transport, weight_ranks
-from orca_rank.statistics import collect
 
 D = 64
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from orca_rank.backbone import create_timm, load_weights
 from orca_rank.data.cifar import read_official
 from orca_rank.data.module import stratified_order
-from orca_rank.stages.pretrain import pretrain
-from orca_rank.stages.pretrain_recipe import Recipe
+from orca_rank.training.pretrain import pretrain
+from orca_rank.training.recipe import Recipe
 from orca_rank.weights import record, shipped
 
 PENALTY = 1e-3

@@ -21,6 +21,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orca_rank.predictors.linear import ClassPredictor
+from orca_rank.predictors.orca import DensePredictor
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
 
@@ -70,47 +72,6 @@ class Embedder(nn.Module):
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True)
         x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H/p, W/p, d)
         return self.norm(x.flatten(1, 2) if self.flatten else x)  # ViT: (B, N, d); Swin: (B, H/p, W/p, d)
-
-
-class ClassPredictor(nn.Module):
-    """Token mean → Linear.
-
-    Args:
-        width: features d of the body. classes: outputs. prefix: class and register tokens to leave out of the mean.
-    """
-
-    def __init__(self, width: int, classes: int, prefix: int = 0) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, features: Float[Tensor, "b ... d"]) -> Float[Tensor, "b classes"]:
-        tokens = features.flatten(1, -2)[:, self.prefix :]  # (B, ..., d) -> (B, N, d)
-        return self.fc(tokens.mean(1))
-
-
-class DensePredictor(nn.Module):
-    """ORCA's dense decoder: 1×1 convolution (d → 3 c s²) → PixelShuffle(s) → mean of each 3 → pooling to the grid.
-
-    Args:
-        width: features d. stride: image pixels per token of the last stage, s. output_shape: (c, H, W) of the field.
-        prefix: tokens of a ViT that stand for no place.
-    """
-
-    def __init__(self, width: int, stride: int, output_shape: tuple[int, ...], prefix: int = 0) -> None:
-        super().__init__()
-        self.channels, *self.grid = output_shape
-        self.stride, self.prefix = stride, prefix
-        self.decoder = nn.Conv2d(width, 3 * self.channels * stride**2, kernel_size=1)
-
-    def forward(self, features: Float[Tensor, "b ... d"]) -> Float[Tensor, "b c H W"]:
-        if features.ndim == 3:  # (B, N, d) -> (B, h, w, d) of a square image
-            side = round((features.shape[1] - self.prefix) ** 0.5)
-            features = features[:, self.prefix :].unflatten(1, (side, side))
-        x = self.decoder(features.permute(0, 3, 1, 2))  # (B, h, w, d) -> (B, 3 c s², h, w)
-        x = F.pixel_shuffle(x, self.stride)  # (B, 3 c, s h, s w)
-        x = x.unflatten(1, (self.channels, 3)).mean(2)
-        return F.adaptive_avg_pool2d(x, self.grid)
 
 
 class OrcaModel(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orca_rank.adapters import adapter_state_dict, inject
-from orca_rank.artifacts import read_json, read_tensors
+from orca_rank.artifacts.files import read_json, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build
 from orca_rank.ranks import RankPlan

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from shared import TINY_SWIN
 from torch import Tensor
 
-from orca_rank.stages import align, features
+from orca_rank.stages import align
+from orca_rank.training import align as training
+from orca_rank.training import features
 
 TINY = (
     "stage=align",
@@ -83,19 +85,19 @@ def test_a_resumed_run_ends_the_same(
     align.run(whole)
 
     broken = composed(*options, "run=broken")
-    step = align.Align.training_step
+    step = training.Align.training_step
     seen = [0]
 
-    def failing(self: align.Align, batch: Any, index: int) -> Tensor:
+    def failing(self: training.Align, batch: Any, index: int) -> Tensor:
         seen[0] += self.current_epoch == 2
         if seen[0] == 2:
             raise RuntimeError("power cut")
         return step(self, batch, index)
 
-    monkeypatch.setattr(align.Align, "training_step", failing)
+    monkeypatch.setattr(training.Align, "training_step", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         align.run(broken)
-    monkeypatch.setattr(align.Align, "training_step", step)
+    monkeypatch.setattr(training.Align, "training_step", step)
     with pytest.raises(ValueError, match="left by other options"):
         align.run(composed(*options, "run=broken", "align.optimizer.lr=1.0e-3"))
     align.run(broken)
@@ -129,7 +131,7 @@ def test_a_loss_that_is_not_finite_saves_its_batch(
 ) -> None:
     config = composed(*TINY, "align=l2", "align.schedule=batch", "align.batch_size=20")
     if where == "features":
-        monkeypatch.setattr(align, "token_mean", lambda tokens: tokens.flatten(1, -2).mean(1) * float("nan"))
+        monkeypatch.setattr(training, "token_mean", lambda tokens: tokens.flatten(1, -2).mean(1) * float("nan"))
     else:
         monkeypatch.setattr("orca_rank.distances.objectives.L2.__call__", lambda self, x, y: x.sum() * float("inf"))
     with pytest.raises(FloatingPointError, match=r"bad_batch\.safetensors"):
@@ -150,16 +152,16 @@ def test_bad_options_are_named(composed: Compose, option: str, message: str) -> 
 
 def test_orca_batches_hold_one_class_each_and_weigh_to_one() -> None:
     labels = torch.tensor([4, 4, 4, 4, 4, 9, 9, 2])
-    batches = list(align.class_batches(labels, 3, torch.Generator().manual_seed(0)))
+    batches = list(training.class_batches(labels, 3, torch.Generator().manual_seed(0)))
     assert sorted(len(batch) for batch in batches) == [1, 2, 3]
     assert all(len(set(labels[batch].tolist())) == 1 for batch in batches)
-    orders = {tuple(labels[b[0]].item() for b in align.class_batches(labels, 3, torch.Generator().manual_seed(s)))
+    orders = {tuple(labels[b[0]].item() for b in training.class_batches(labels, 3, torch.Generator().manual_seed(s)))
               for s in range(8)}  # fmt: skip
     assert len(orders) > 1
 
 
 def test_curriculum_falls_to_nothing() -> None:
-    shares = [align.curriculum_fraction({"start": 0.8, "until": 0.5}, epoch, 8) for epoch in range(8)]
+    shares = [training.curriculum_fraction({"start": 0.8, "until": 0.5}, epoch, 8) for epoch in range(8)]
     assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0])
 
 
@@ -175,11 +177,11 @@ def test_dense_targets_get_cluster_labels() -> None:
 
 def test_source_features_are_cached(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed(*TINY)
-    first = features.source_features(config, torch.device("cpu"))
+    first = align.source_features(config, torch.device("cpu"))
     assert first.features.shape == (len(first.labels), 8)
-    monkeypatch.setattr(features, "embed", lambda *args: pytest.fail("computed again"))
-    again = features.source_features(config, torch.device("cpu"))
+    monkeypatch.setattr(align, "embed", lambda *args: pytest.fail("computed again"))
+    again = align.source_features(config, torch.device("cpu"))
     assert torch.equal(first.features, again.features)
     config.align.source_samples = 20
     with pytest.raises(pytest.fail.Exception):
-        features.source_features(config, torch.device("cpu"))
+        align.source_features(config, torch.device("cpu"))

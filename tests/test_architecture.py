@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,32 +12,75 @@ import orca_rank
 
 PACKAGE = Path(orca_rank.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+# From the ground up: a room imports what stands before it, nothing that stands after.
+FLOORS = (
+    ("build", "artifacts", "task", "weights"),
+    ("distances", "predictors"),
+    ("measuring",),
+    ("ranks",),
+    ("adapters",),
+    ("backbone",),
+    ("data", "report"),
+    ("fitted", "training"),
+    ("stages",),
+    ("__main__", "__init__"),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+PURE = ("distances", "ranks", "adapters", "predictors")
 
 
 def imported(path: Path) -> set[str]:
+    """Full names of everything a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
 def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0]
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module(path: Path) -> str:
+    return ".".join(("orca_rank", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_each_room_keeps_to_its_imports(path: Path) -> None:
-    names = imported(path)
-    if room(path) in ("distances", "ranks", "adapters"):
-        assert not names & {"hydra", "omegaconf", "lightning", "wandb"}
-    if room(path) not in ("stages", "data"):
-        assert "lightning" not in names
-    if room(path) not in ("__main__.py", "build.py"):
-        assert "hydra" not in names
+    outside = {name.split(".")[0] for name in imported(path)}
+    if room(path) in PURE:
+        assert not outside & {"hydra", "omegaconf", "lightning", "wandb"}
+    if room(path) not in ("stages", "training", "data"):
+        assert "lightning" not in outside
+    if room(path) not in ("__main__", "build"):
+        assert "hydra" not in outside
+    inside = {name.split(".")[1] for name in imported(path) if name.startswith("orca_rank.")} - {room(path)}
+    above = {name for name in inside if name in FLOOR and FLOOR[name] >= FLOOR[room(path)]}
+    assert not above, f"{path.name} imports from rooms that do not stand below its own: {above}"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    modules = {module(path): path for path in FILES}
+    arrows = {
+        name: {found for full in imported(path) for found in (full, full.rpartition(".")[0]) if found in modules}
+        for name, path in modules.items()
+    }
+    arrows = {name: targets - {name, "orca_rank"} for name, targets in arrows.items()}
+    while leaves := [name for name, targets in arrows.items() if not targets]:
+        for leaf in leaves:
+            del arrows[leaf]
+        arrows = {name: targets - set(leaves) for name, targets in arrows.items()}
+    # A package's __init__ gathers names from its own files, whose imports of it are no circle of meaning.
+    assert not {name for name in arrows if not name.endswith("__init__")}, arrows
 
 
 def test_the_walk_sees_the_rooms() -> None:
-    assert {"distances", "ranks", "adapters", "stages", "data", "build.py"} <= {room(path) for path in FILES}
+    assert {room(path) for path in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_is_named_like_one_of_the_standard_library(path: Path) -> None:
+    assert path.stem in ("__init__", "__main__", "build") or path.stem not in sys.stdlib_module_names

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orca_rank import artifacts, files
+from orca_rank.artifacts import files, provenance
 
 OPTIONS = {"align": {"lr": 0.1, "epochs": 3}, "data": {"root": "/here"}}
 
@@ -18,61 +18,61 @@ def test_json_comes_back_with_schema_config_and_input_hashes(tmp_path: Path) -> 
     source.parent.mkdir()
     source.write_bytes(b"abc")
     path = tmp_path / "measure" / "layers.json"
-    artifacts.write_json(path, {"value": torch.tensor(2.5), "list": torch.arange(2)}, config=OPTIONS, inputs=[source])
-    content = artifacts.read_json(path, "stage=measure")
+    files.write_json(path, {"value": torch.tensor(2.5), "list": torch.arange(2)}, config=OPTIONS, inputs=[source])
+    content = files.read_json(path, "stage=measure")
     assert (content["value"], content["list"], content["config"]) == (2.5, [0, 1], OPTIONS)
     # SHA-256 of "abc", from FIPS 180-2
     assert content["inputs"] == {
         "align/embedder.bin": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     }
-    artifacts.check_inputs(path, content, "stage=measure")
+    provenance.check_inputs(path, content, "stage=measure")
     source.write_bytes(b"abd")
     with pytest.raises(ValueError, match=r"changed after.*stage=measure"):
-        artifacts.check_inputs(path, content, "stage=measure")
+        provenance.check_inputs(path, content, "stage=measure")
     source.unlink()
     with pytest.raises(FileNotFoundError, match="gone"):
-        artifacts.check_inputs(path, content, "stage=measure")
+        provenance.check_inputs(path, content, "stage=measure")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "stage" / "file.json"
-    artifacts.write_json(path, {"value": 1})
+    files.write_json(path, {"value": 1})
     with pytest.raises(TypeError, match="cannot write"):
-        artifacts.write_json(path, {"value": object()})
+        files.write_json(path, {"value": object()})
     with pytest.raises(RuntimeError, match="half way"), files.atomic(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("half way")
-    assert artifacts.read_json(path, "stage=x")["value"] == 1
+    assert files.read_json(path, "stage=x")["value"] == 1
     assert [item.name for item in path.parent.iterdir()] == ["file.json"]
 
 
 def test_missing_damaged_and_foreign_files_name_the_command(tmp_path: Path) -> None:
     path = tmp_path / "stage" / "file.json"
     with pytest.raises(FileNotFoundError, match="python -m orca_rank stage=measure"):
-        artifacts.read_json(path, "stage=measure")
+        files.read_json(path, "stage=measure")
     path.parent.mkdir()
     path.write_text('{"schema": 1, "val')
     with pytest.raises(ValueError, match=r"damaged.*force=true"):
-        artifacts.read_json(path, "stage=measure")
+        files.read_json(path, "stage=measure")
     path.write_text(json.dumps({"schema": 999}))
     with pytest.raises(ValueError, match="schema 999"):
-        artifacts.read_json(path, "stage=measure")
+        files.read_json(path, "stage=measure")
     tensors = tmp_path / "stage" / "file.safetensors"
     with pytest.raises(FileNotFoundError, match="stage=align"):
-        artifacts.read_tensors(tensors, "stage=align")
+        files.read_tensors(tensors, "stage=align")
     tensors.write_bytes(b"\x00" * 20)
     with pytest.raises(ValueError, match="damaged"):
-        artifacts.read_tensors(tensors, "stage=align")
+        files.read_tensors(tensors, "stage=align")
 
 
 def test_finished_compares_the_options_that_matter(tmp_path: Path) -> None:
     path = tmp_path / "align" / "metrics.json"
 
     def done(options: dict, force: bool = False) -> bool:
-        return artifacts.finished(path, options, force=force, made_by="stage=align")
+        return provenance.finished(path, options, force=force, made_by="stage=align")
 
     assert not done(OPTIONS)
-    artifacts.write_json(path, {}, config=OPTIONS)
+    files.write_json(path, {}, config=OPTIONS)
     assert done(OPTIONS)
     assert done({**OPTIONS, "data": {"root": "/elsewhere"}})
     assert not done(OPTIONS, force=True)
@@ -82,13 +82,13 @@ def test_finished_compares_the_options_that_matter(tmp_path: Path) -> None:
 
 def test_tensors_and_tables_come_back(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(3)}
-    artifacts.write_tensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
-    back = artifacts.read_tensors(tmp_path / "t.safetensors", "stage=x")
+    files.write_tensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
+    back = files.read_tensors(tmp_path / "t.safetensors", "stage=x")
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
-    artifacts.write_csv(tmp_path / "t.csv", [{"a": 1}, {"a": 2, "b": 3}])
+    files.write_csv(tmp_path / "t.csv", [{"a": 1}, {"a": 2, "b": 3}])
     assert (tmp_path / "t.csv").read_text() == "a,b\n1,\n2,3\n"
 
 
 def test_keys_depend_on_options_not_on_places() -> None:
-    assert artifacts.key(OPTIONS) == artifacts.key({**OPTIONS, "data": {"root": "/elsewhere"}})
-    assert artifacts.key(OPTIONS) != artifacts.key({**OPTIONS, "align": {"lr": 0.2}})
+    assert provenance.key(OPTIONS) == provenance.key({**OPTIONS, "data": {"root": "/elsewhere"}})
+    assert provenance.key(OPTIONS) != provenance.key({**OPTIONS, "align": {"lr": 0.2}})

@@ -15,7 +15,7 @@ from orca_rank.data import photos
 from orca_rank.data.digits import Digits
 from orca_rank.data.embedded import STEP, Embedded, write_embedded
 from orca_rank.stages import align, measure
-from orca_rank.stages.parts import resolve_backbone
+from orca_rank.stages.setup import resolve_backbone
 
 TINY = (
     *TINY_SWIN,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orca_rank.artifacts import write_tensors
+from orca_rank.artifacts.files import write_tensors
+from orca_rank.measuring.layers import agreement, classes
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages import measure
-from orca_rank.stages.layer_records import agreement, classes
 
 SMALL = (
     "stage=measure",

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from orca_rank.distances import bures_wasserstein, energy_distance, mmd, otdd, proxy_a_distance, sliced_wasserstein
-from orca_rank.distances.null import calibrate, family_p, standardise, whiten
+from orca_rank.distances.calibrate import calibrate, family_p, standardise, whiten
 from orca_rank.distances.scores import check_metric, has_fast_route, make_score
 
 FAST = (mmd, energy_distance, functools.partial(sliced_wasserstein, projections=16))

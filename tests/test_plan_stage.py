@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig
 
 from orca_rank import ranks
-from orca_rank.artifacts import write_json
+from orca_rank.artifacts.files import write_json
 from orca_rank.stages import plan
 
 DECODER_FROZEN = {1: 78_720, 2: 150_912, 4: 295_296, 8: 584_064, 16: 1_161_600, 64: 4_626_816, 1024: 73_931_136}

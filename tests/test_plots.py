@@ -11,16 +11,7 @@ import pytest
 from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.figure import Figure
 
-from orca_rank.layer_plots import (
-    agreement_figure,
-    gap_figure,
-    place_of,
-    places,
-    rank_figure,
-    significant,
-    spectra_figure,
-)
-from orca_rank.plots import (
+from orca_rank.report.figures import (
     alignment_figure,
     comparison_figure,
     gallery_figure,
@@ -28,6 +19,15 @@ from orca_rank.plots import (
     parts_figure,
     png,
     words,
+)
+from orca_rank.report.layer_figures import (
+    agreement_figure,
+    gap_figure,
+    place_of,
+    places,
+    rank_figure,
+    significant,
+    spectra_figure,
 )
 
 

@@ -10,14 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from orca_rank.artifacts import plain
+from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import source_model
 from orca_rank.data.augment import Augmentation, colour, draw_operations, mix, rectangle, soft_labels
 from orca_rank.data.embedded import Embedded
 from orca_rank.data.image_folder import ImageFolder, read_image
-from orca_rank.stages.muon import MuonAdamW, orthogonalised, parameter_groups
-from orca_rank.stages.pretrain import on_source, pretrain, run, update_average
-from orca_rank.stages.pretrain_recipe import EpochOrder, Recipe, lr_factor
+from orca_rank.stages.pretrain import run
+from orca_rank.stages.setup import on_source
+from orca_rank.training.muon import MuonAdamW, orthogonalised, parameter_groups
+from orca_rank.training.pretrain import pretrain, update_average
+from orca_rank.training.recipe import EpochOrder, Recipe, lr_factor
 
 STILL = Augmentation(crop_scale=(1.0, 1.0), crop_ratio=1.0, flip=False, smoothing=0.0)
 

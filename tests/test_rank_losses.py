@@ -14,7 +14,7 @@ from shared import TINY_SWIN
 
 from orca_rank import load
 from orca_rank.adapters import DyLoRA, adapters, cut, inject
-from orca_rank.artifacts import plain
+from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import create_model
 from orca_rank.build import build
 from orca_rank.fitted import Fitted

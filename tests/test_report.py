@@ -15,11 +15,11 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from orca_rank.artifacts import write_csv, write_json
+from orca_rank.artifacts.files import write_csv, write_json
 from orca_rank.data.darcy import Darcy
+from orca_rank.report.page import Page, cell
+from orca_rank.report.run_folder import read_run, summary
 from orca_rank.stages import report
-from orca_rank.stages.report_page import Page, cell
-from orca_rank.stages.run_folder import read_run, summary
 from orca_rank.task import Task
 
 COLUMNS = [

@@ -13,7 +13,7 @@ from orca_rank.adapters.lora import LoRA
 SHARES = ("step", "layer", "quantile")
 
 
-def survival_law(concentration: float | int, r_min: int, r_max: int) -> Float[Tensor, " r"]:
+def survival_law(concentration: float, r_min: int, r_max: int) -> Float[Tensor, " r"]:
     """p(b) ∝ (α/(1+α))^{b−1} on b = r_min … r_max: the law of the depth of a stick-breaking IBP with concentration α.
 
     ν_k ~ Beta(α, 1) gives E[Π_{j≤k} ν_j] = (α/(1+α))^k; read as P(b > k) it makes b geometric.

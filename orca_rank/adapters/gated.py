@@ -14,7 +14,7 @@ from orca_rank.adapters.lora import LoRA
 EULER = 0.5772156649015329
 
 
-def kumaraswamy_to_beta(a: Float[Tensor, " r"], b: Float[Tensor, " r"], alpha: float | int) -> Float[Tensor, " r"]:
+def kumaraswamy_to_beta(a: Float[Tensor, " r"], b: Float[Tensor, " r"], alpha: float) -> Float[Tensor, " r"]:
     """KL(Kumaraswamy(a, b) ‖ Beta(α, 1)) = (a − α)/a (−γ − ψ(b) − 1/b) + log(ab) − log α − (b − 1)/b.
 
     Nalisnick & Smyth 2017, eq. 10, whose infinite sum has the factor β − 1 = 0.
@@ -46,8 +46,8 @@ class GatedLoRA(LoRA):
         rank: int,
         *,
         concentration: Any = 4.0,
-        temperature: float | int = 0.5,
-        kl_weight: float | int = 1e-3,
+        temperature: float = 0.5,
+        kl_weight: float = 1e-3,
         init: str = "kaiming",
         **options: Any,
     ) -> None:
@@ -101,7 +101,7 @@ class GatedLoRA(LoRA):
     def plain(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float]:
         return (self.survival()[:, None] * self.lora_A).detach(), self.lora_B.detach(), self.scale
 
-    def inferred_rank(self, threshold: float | int = 0.5) -> int:
+    def inferred_rank(self, threshold: float = 0.5) -> int:
         """The number of gates whose posterior mean is at least the threshold: a prefix, since π falls."""
         return int((self.survival() >= threshold).sum())
 
@@ -115,7 +115,7 @@ class GatedLoRA(LoRA):
         return lora.train(self.training)
 
 
-def prune(model: nn.Module, threshold: float | int = 0.5) -> dict[str, int]:
+def prune(model: nn.Module, threshold: float = 0.5) -> dict[str, int]:
     """Turn every gated layer into plain LoRA of its inferred rank, with the gates' means in A; rank 0 removes it.
 
     Returns:

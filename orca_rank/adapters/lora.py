@@ -17,7 +17,7 @@ class NotExpressible(ValueError):
     """The adapter has no plain LoRA with the same ΔW, so PEFT's layout cannot hold it."""
 
 
-def scale_of(alpha: float | int, rank: int, scaling: str) -> float:
+def scale_of(alpha: float, rank: int, scaling: str) -> float:
     """s = α/r (``lora``, Hu et al. 2021) or α/√r (``rslora``, Kalajdzievski 2023).
 
     Raises:
@@ -64,9 +64,9 @@ class LoRA(nn.Module):
         rank: int,
         *,
         name: str = "",
-        alpha: float | int = 16.0,
+        alpha: float = 16.0,
         scaling: str = "lora",
-        dropout: float | int = 0.0,
+        dropout: float = 0.0,
         init: str = "kaiming",
         directions: Mapping[str, Any] | None = None,
         frozen: str | None = None,

@@ -23,7 +23,7 @@ from orca_rank.adapters.inject import inject
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
-from orca_rank.files import atomic
+from orca_rank.artifacts.files import atomic
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -40,7 +40,7 @@ def extra_loss(model: nn.Module) -> Tensor | float:
     return torch.stack(terms).sum() if terms else 0.0
 
 
-def parameter_groups(model: nn.Module, lr: float | int, ratio: float | int = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters; LoRA+ (Hayou et al. 2024) trains B at ``ratio`` × ``lr``.
 
     Returns:

@@ -30,10 +30,10 @@ class DeltaLoRA(LoRA):
         weight: Float[Tensor, "d_out d_in"],
         rank: int,
         *,
-        ratio: float | int = 2.0,
+        ratio: float = 2.0,
         start: int = 500,
         init: str = "kaiming",
-        dropout: float | int = 0.0,
+        dropout: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(weight, rank, init=init, dropout=dropout, **options)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from orca_rank.artifacts import contents_hash
+from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.data.array_files import read_arrays
 from orca_rank.data.module import (
     Affine,

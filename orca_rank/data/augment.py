@@ -39,15 +39,15 @@ class Augmentation:
         ValueError: for values outside these ranges.
     """
 
-    crop_scale: Sequence[float | int] = (0.4, 1.0)
-    crop_ratio: float | int = 4 / 3
+    crop_scale: Sequence[float] = (0.4, 1.0)
+    crop_ratio: float = 4 / 3
     flip: bool = True
     operations: int = 0
-    magnitude: float | int = 5.0
-    smoothing: float | int = 0.1
-    mixup: float | int = 0.0
-    cutmix: float | int = 0.0
-    mix_probability: float | int = 0.5
+    magnitude: float = 5.0
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop_scale", tuple(float(value) for value in self.crop_scale))
@@ -75,7 +75,7 @@ class Augmentation:
 
 
 def draw_operations(
-    count: int, operations: int, magnitude: float | int, random: np.random.Generator
+    count: int, operations: int, magnitude: float, random: np.random.Generator
 ) -> dict[str, Float[np.ndarray, " b"]]:
     """RandAugment's draws: for every operation its signed strength in each image, 0 where it was not drawn.
 
@@ -93,7 +93,7 @@ def draw_operations(
 
 
 def crop_matrix(
-    count: int, scale: Sequence[float | int], ratio: float | int, flip: bool, random: np.random.Generator
+    count: int, scale: Sequence[float], ratio: float, flip: bool, random: np.random.Generator
 ) -> Float[Tensor, "b 2 3"]:
     """Affine maps from the output's coordinates in [−1, 1]² to a random crop inside the input's [−1, 1]²."""
     area = random.uniform(*scale, size=count)
@@ -131,7 +131,7 @@ def colour(x: Float[Tensor, "b c h w"], draws: dict[str, Float[np.ndarray, " b"]
     return x.clamp(0, 1)
 
 
-def soft_labels(y: Int[Tensor, " b"], classes: int, smoothing: float | int) -> Float[Tensor, "b classes"]:
+def soft_labels(y: Int[Tensor, " b"], classes: int, smoothing: float) -> Float[Tensor, "b classes"]:
     """(1 − ε) one-hot(y) + ε / classes."""
     return F.one_hot(y, classes).float() * (1 - smoothing) + smoothing / classes
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from orca_rank.artifacts import contents_hash
+from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.data.darcy_data import DarcyArrays, generate, read_mat, subsampled_size
 from orca_rank.data.darcy_field import gaussian_field, sample_coefficient
 from orca_rank.data.darcy_solver import solve, solve_all

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
+from orca_rank.artifacts.files import atomic
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve_all
-from orca_rank.files import atomic
 
 _LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}
 _CHUNK = 16  # samples between two steps of the progress bar

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from orca_rank.artifacts import contents_hash
+from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.backbone import Embedder, weights_hash
 from orca_rank.data.module import InMemory, Parts, stratified_order
-from orca_rank.files import atomic
 from orca_rank.task import Task
 from orca_rank.weights import shipped
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from orca_rank.artifacts import key
+from orca_rank.artifacts.provenance import key
 from orca_rank.data.module import (
     Affine,
     InMemory,

@@ -62,7 +62,7 @@ def bandwidth_of(x: Tensor, y: Tensor, rule: str) -> float:
     return 2 * spread / max(n - 1, 1) or 1.0
 
 
-def resolve_bandwidth(x: Tensor, y: Tensor, bandwidth: str | float | int | MovingBandwidth) -> float:
+def resolve_bandwidth(x: Tensor, y: Tensor, bandwidth: str | float | MovingBandwidth) -> float:
     """h of a rule, a number or a moving average.
 
     Raises:
@@ -84,7 +84,7 @@ def mmd(
     x: Float[Tensor, "n d"],
     y: Float[Tensor, "m d"],
     *,
-    bandwidth: str | float | int | MovingBandwidth = "median",
+    bandwidth: str | float | MovingBandwidth = "median",
     unbiased: bool = True,
     kernels: int = 1,
     block: int | None = None,

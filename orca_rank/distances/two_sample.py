@@ -93,7 +93,7 @@ def permutation_p_value(
     *,
     permutations: int = 200,
     seed: int = 0,
-    bandwidth: str | float | int | MovingBandwidth = "median",
+    bandwidth: str | float | MovingBandwidth = "median",
     kernels: int = 1,
 ) -> float:
     """P-value of "x and y come from one distribution" by permuting the pooled sample (Phipson & Smyth 2010).

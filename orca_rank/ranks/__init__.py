@@ -1,7 +1,7 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
+from orca_rank.measuring.records import Layer
 from orca_rank.ranks.group import averaged
-from orca_rank.ranks.layer import Layer
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.posterior import posterior
 from orca_rank.ranks.prior_rules import beta_bernoulli, ibp_count, ibp_stick

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from orca_rank.ranks.layer import Layer
+from orca_rank.measuring.records import Layer
 from orca_rank.ranks.plan import Budget, RankPlan
 
 ENOUGH = 0.99  # share of the budget above which layers of weight 0 are left alone
@@ -18,7 +18,7 @@ LARGEST_LEVEL = 1e9  # no prior asks for a mean rank beyond this
 TINY = 1e-9  # two remainders closer than this are a tie
 
 
-def power(values: Float[np.ndarray, " layers"], gamma: float | int) -> Float[np.ndarray, " layers"]:
+def power(values: Float[np.ndarray, " layers"], gamma: float) -> Float[np.ndarray, " layers"]:
     """Weights (D_i / max D)^γ of measurements D_i >= 0; all zeros stay zeros for γ > 0.
 
     Raises:

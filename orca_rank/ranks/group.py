@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orca_rank.ranks.layer import Layer
+from orca_rank.measuring.records import Layer
 
 BY = ("block", "stage", "module")
 SMALLEST = ("p", "p_family")  # a group differs if one of its layers does

@@ -18,7 +18,7 @@ from scipy.special import gammaln, xlog1py, xlogy
 from orca_rank.ranks.allocate import power
 
 
-def sample_ibp(n: int, alpha: float | int, *, seed: int | None = None) -> Int[np.ndarray, "n K"]:
+def sample_ibp(n: int, alpha: float, *, seed: int | None = None) -> Int[np.ndarray, "n K"]:
     """Draw Z: customer i takes dish k with probability m_k/i and Poisson(α/i) new dishes.
 
     Args:
@@ -47,7 +47,7 @@ def sample_ibp(n: int, alpha: float | int, *, seed: int | None = None) -> Int[np
     return z
 
 
-def log_prob_ibp(z: ArrayLike, alpha: float | int) -> float:
+def log_prob_ibp(z: ArrayLike, alpha: float) -> float:
     """log P(Z) = K₊ log α − Σ_i log K₁⁽ⁱ⁾! − α H_N + Σ_k [log (N − m_k)! + log (m_k − 1)! − log N!].
 
     The probability that the process yields Z with its columns in the order of first appearance; over all such Z it sums
@@ -65,7 +65,7 @@ def log_prob_ibp(z: ArrayLike, alpha: float | int) -> float:
     return _shared_terms(matrix, alpha) - sum(math.lgamma(count + 1) for count in new.values())
 
 
-def log_prob_left_ordered(z: ArrayLike, alpha: float | int) -> float:
+def log_prob_left_ordered(z: ArrayLike, alpha: float) -> float:
     """log probability of the left-ordered class of Z: as `log_prob_ibp` with Π_h K_h! in place of Π_i K₁⁽ⁱ⁾!, K_h the
     number of columns equal to the binary history h (Griffiths and Ghahramani, equation 14)."""
     matrix = _binary(z)
@@ -123,7 +123,7 @@ def beta_bernoulli_law(
     return _truncate(np.where(rank <= number, log_weight, -np.inf), low, high)
 
 
-def concentration(gaps: Float[np.ndarray, " layers"], mean: float | int, gamma: float | int = 1.0) -> np.ndarray:
+def concentration(gaps: Float[np.ndarray, " layers"], mean: float, gamma: float = 1.0) -> np.ndarray:
     """α_i = a D_i^γ / mean(D^γ), so that the mean of the α_i is a; all alike if no layer shows a gap.
 
     Raises:
@@ -147,7 +147,7 @@ def _truncate(log_weight: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.n
     return weight / weight.sum(axis=1, keepdims=True)
 
 
-def _shared_terms(matrix: np.ndarray, alpha: float | int) -> float:
+def _shared_terms(matrix: np.ndarray, alpha: float) -> float:
     _positive(alpha)
     customers, dishes = matrix.shape
     chosen = matrix.sum(axis=0)
@@ -163,6 +163,6 @@ def _binary(z: ArrayLike) -> np.ndarray:
     return matrix.astype(np.int64)
 
 
-def _positive(alpha: float | int) -> None:
+def _positive(alpha: float) -> None:
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"alpha must be positive and finite, got {alpha}")

@@ -9,7 +9,7 @@ from typing import Any
 THIRD = re.compile(r"((?:.*\.)?qkv)\.[qkv]")  # how layers.qkv=separate names the parts of a fused matrix
 
 
-def lora_arguments(ranks: Mapping[str, int], alpha: float | int | None) -> dict[str, Any]:
+def lora_arguments(ranks: Mapping[str, int], alpha: float | None) -> dict[str, Any]:
     """What `RankPlan.to_peft` returns and raises."""
     layers = {name: _fused(name, parts, alpha) for name, parts in _parts(ranks).items()}
     if not layers:
@@ -37,7 +37,7 @@ def _parts(ranks: Mapping[str, int]) -> dict[str, list[int]]:
     return found
 
 
-def _fused(name: str, parts: list[int], alpha: float | int | None) -> tuple[int, float | int]:
+def _fused(name: str, parts: list[int], alpha: float | None) -> tuple[int, float]:
     """Rank and alpha of the whole matrix; alpha / rank is what each part has."""
     total = sum(parts)
     if alpha is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from orca_rank.ranks.layer import LayerLike, as_layers, some
+from orca_rank.measuring.records import LayerLike, as_layers, some
 from orca_rank.ranks.peft import lora_arguments
 
 SCHEMA = 1
@@ -215,7 +215,7 @@ class RankPlan:
             raise ValueError(f"a rank plan is a JSON object, got {text[:40]!r}")
         return cls.from_dict(record)
 
-    def to_peft(self, alpha: float | int | None = None) -> dict[str, Any]:
+    def to_peft(self, alpha: float | None = None) -> dict[str, Any]:
         """The arguments of a PEFT `LoraConfig` that give every layer its own rank, and adapt nothing else.
 
         PEFT must be given the module that the names are relative to. Every pattern is an escaped full name, because

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
+from orca_rank.measuring.records import LayerLike, as_layers
 from orca_rank.ranks.allocate import greedy
 from orca_rank.ranks.ibp import concentration, stick_law
-from orca_rank.ranks.layer import LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import gap_values
 
@@ -30,9 +30,9 @@ def posterior(
     *,
     losses: str | Path | Mapping[str, Losses] | None = None,
     ranks: Sequence[int] | None = None,
-    tempering: float | int | None = None,
-    a: float | int = 8.0,
-    gamma: float | int = 1.0,
+    tempering: float | None = None,
+    a: float = 8.0,
+    gamma: float = 1.0,
     metric: str | None = None,
 ) -> RankPlan:
     """Rank by its posterior. Without a budget: the most probable rank. With one: unit k of layer i is worth
@@ -80,15 +80,13 @@ def posterior(
     return RankPlan(greedy(records, budget, values), "posterior", budget, options)
 
 
-def rank_prior(alpha: float | int, ranks: Int[np.ndarray, " ranks"]) -> Float[np.ndarray, " ranks"]:
+def rank_prior(alpha: float, ranks: Int[np.ndarray, " ranks"]) -> Float[np.ndarray, " ranks"]:
     """The stick-breaking prior's mass of the ranks measured; a rank that was skipped counts for the next one above."""
     law = stick_law(np.array([float(alpha)]), np.array([0]), np.array([int(ranks.max())]))[0]
     return np.diff(np.cumsum(law)[ranks], prepend=0.0)
 
 
-def rank_posterior(
-    losses: Losses, prior: Float[np.ndarray, " ranks"], tempering: float | int
-) -> Float[np.ndarray, " ranks"]:
+def rank_posterior(losses: Losses, prior: Float[np.ndarray, " ranks"], tempering: float) -> Float[np.ndarray, " ranks"]:
     """P(r) ∝ prior(r) exp(−λ Σ_m ℓ_m(r)).
 
     Raises:

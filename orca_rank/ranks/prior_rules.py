@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from orca_rank.measuring.records import LayerLike, as_layers
 from orca_rank.ranks.allocate import power, share_along
 from orca_rank.ranks.ibp import beta_bernoulli_law, concentration, poisson_law, stick_law
-from orca_rank.ranks.layer import LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import gap_values, need_budget
 
@@ -21,11 +21,11 @@ def ibp_count(
     layers: Sequence[LayerLike],
     budget: Budget | None = None,
     *,
-    a: float | int | None = None,
-    gamma: float | int = 1.0,
+    a: float | None = None,
+    gamma: float = 1.0,
     metric: str = "mmd",
     statistic: str = "mean",
-    quantile: float | int = 0.9,
+    quantile: float = 0.9,
     seed: int = 0,
 ) -> RankPlan:
     """r_i ~ Poisson(α_i) truncated to [r_min, r_max]: the number of dishes one customer of an IBP takes.
@@ -47,11 +47,11 @@ def ibp_stick(
     layers: Sequence[LayerLike],
     budget: Budget | None = None,
     *,
-    a: float | int | None = None,
-    gamma: float | int = 1.0,
+    a: float | None = None,
+    gamma: float = 1.0,
     metric: str = "mmd",
     statistic: str = "mean",
-    quantile: float | int = 0.9,
+    quantile: float = 0.9,
     seed: int = 0,
 ) -> RankPlan:
     """P(r_i >= k) = (α_i/(1+α_i))^k, the nested stick-breaking prior; arguments and errors as in `ibp_count`, but
@@ -66,11 +66,11 @@ def beta_bernoulli(
     layers: Sequence[LayerLike],
     budget: Budget | None = None,
     *,
-    a: float | int | None = None,
-    gamma: float | int = 1.0,
+    a: float | None = None,
+    gamma: float = 1.0,
     metric: str = "mmd",
     statistic: str = "mean",
-    quantile: float | int = 0.9,
+    quantile: float = 0.9,
     seed: int = 0,
     features: int | None = None,
 ) -> RankPlan:

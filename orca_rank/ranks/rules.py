@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from orca_rank.measuring.records import Layer, LayerLike, as_layers
 from orca_rank.ranks.allocate import power, share
-from orca_rank.ranks.layer import Layer, LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 
 P_VALUES = "gap.permutations > 0 (of the metrics other than mmd, energy and sliced: gap.slow.permutations > 0)"
@@ -45,7 +45,7 @@ def proportional(
     layers: Sequence[LayerLike],
     budget: Budget | None = None,
     *,
-    gamma: float | int = 1.0,
+    gamma: float = 1.0,
     metric: str = "mmd",
     p_max: float | None = None,
 ) -> RankPlan:
@@ -67,7 +67,7 @@ def shuffled(
     layers: Sequence[LayerLike],
     budget: Budget | None = None,
     *,
-    gamma: float | int = 1.0,
+    gamma: float = 1.0,
     metric: str = "mmd",
     p_max: float | None = None,
     seed: int = 0,
@@ -140,12 +140,12 @@ def stable_rank(
     return _by_number(layers, budget, "stable_rank", ("weight", statistic), {"statistic": statistic})
 
 
-def importance(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float | int = 1.0) -> RankPlan:
+def importance(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float = 1.0) -> RankPlan:
     """r_i ∝ (mean |W ⊙ G|)^γ, G the gradient of the target loss at the start (GoRA, arXiv 2502.12171)."""
     return _by_number(layers, budget, "importance", ("importance",), {"gamma": gamma}, gamma)
 
 
-def fisher(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float | int = 1.0) -> RankPlan:
+def fisher(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float = 1.0) -> RankPlan:
     """r_i ∝ (mean diagonal of the empirical Fisher information)^γ, from per-image gradients."""
     return _by_number(layers, budget, "fisher", ("fisher",), {"gamma": gamma}, gamma)
 
@@ -216,7 +216,7 @@ def _by_number(
     rule: str,
     keys: tuple[str, ...],
     options: dict[str, Any],
-    gamma: float | int = 1.0,
+    gamma: float = 1.0,
 ) -> RankPlan:
     records = as_layers(layers)
     limit = need_budget(budget, rule)

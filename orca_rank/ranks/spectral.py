@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from orca_rank.measuring.records import Layer, LayerLike, as_layers
 from orca_rank.ranks.allocate import greedy
-from orca_rank.ranks.layer import Layer, LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import measured, measurement, need_budget
 
@@ -38,7 +38,7 @@ def gradient(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankP
     return _above_null(records, budget, "gradient", np.ones(len(records)))
 
 
-def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho: float | int = 2.0) -> RankPlan:
+def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho: float = 2.0) -> RankPlan:
     """EVA (Paischer et al., arXiv 2410.07170): explained-variance ratios of the target's inputs, pooled over layers,
     the largest taken until the budget is spent.
 

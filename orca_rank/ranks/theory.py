@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from safetensors.numpy import load_file
 
-from orca_rank.ranks.layer import LayerLike, as_layers
+from orca_rank.measuring.records import LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import uniform
 

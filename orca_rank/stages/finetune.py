@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,24 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank import adapters
-from orca_rank.artifacts import differences, finished, key, plain, stage_folder, write_json, write_tensors
+from orca_rank.artifacts.files import atomic, write_json, write_tensors
+from orca_rank.artifacts.provenance import differences, finished, key, plain, select
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
-from orca_rank.files import atomic
 from orca_rank.ranks import RankPlan
-from orca_rank.stages.parts import (
-    adapter_module,
+from orca_rank.stages.planning import layers_of, make_plan
+from orca_rank.stages.setup import (
+    MODEL_SECTIONS,
     aligned_embedder,
-    audit,
     build_model,
     close_logger,
     contents,
-    count_parameters,
-    finetune_config,
-    layers_of,
-    make_plan,
-    make_trainable,
     resolve_backbone,
+    stage_folder,
 )
-from orca_rank.stages.training import Curve, FineTune, trained_tensors
+from orca_rank.stages.trainable import adapter_module, audit, count_parameters, make_trainable
 from orca_rank.task import Task
+from orca_rank.training.finetune import Curve, FineTune, trained_tensors
 
 console = Console()
 
@@ -188,3 +186,13 @@ def _rebuilt(module: dict[str, Any]) -> dict[str, Any]:
     """The adapter's module config for loading: its first values do not matter, so no directions need to be at hand."""
     module = {name: value for name, value in module.items() if name != "directions"}
     return {**module, "init": "kaiming"} if module.get("init") == "directions" else module
+
+
+def finetune_config(config: DictConfig) -> Mapping[str, Any]:
+    """The sections that a fine-tuned model depends on."""
+    sections = ["data", "layers", *MODEL_SECTIONS, "predictor", "adapter", "finetune", "trainer"]
+    if config.embedder.aligned:
+        sections += ["source", "align"]
+    if config.adapter.method == "inject":
+        sections += ["rank", "budget"]
+    return select(config, *sections)

@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from orca_rank.artifacts import file_hash, finished, read_json, select, stage_folder, write_json, write_tensors
+from orca_rank.artifacts.files import file_hash, read_json, write_json, write_tensors
+from orca_rank.artifacts.provenance import finished, select
+from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
-from orca_rank.gradients import Gradients, collect_gradients
-from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.layer_records import (
+from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.layers import (
     VARIANTS,
     Record,
     Side,
@@ -30,20 +32,19 @@ from orca_rank.stages.layer_records import (
     measurements,
     placeholder,
 )
-from orca_rank.stages.parts import (
+from orca_rank.ranks import Layer, RankPlan
+from orca_rank.stages.planning import grouped, make_plan
+from orca_rank.stages.setup import (
     aligned_embedder,
     bare_model,
     build_model,
     contents,
     device_of,
-    grouped,
-    make_plan,
     outline,
     resolve_backbone,
     source_side,
+    stage_folder,
 )
-from orca_rank.stages.unfinished import Unfinished
-from orca_rank.statistics import collect, module_of
 
 console = Console()
 

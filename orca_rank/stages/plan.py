@@ -11,20 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from orca_rank import ranks
-from orca_rank.artifacts import select, stage_folder, write_json
+from orca_rank.artifacts.files import write_json
+from orca_rank.artifacts.provenance import select
 from orca_rank.build import build
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.parts import (
-    adapter_module,
-    bare_model,
-    budget_of,
-    count_parameters,
-    grouped,
-    layers_of,
-    make_plan,
-    make_trainable,
-    outline,
-)
+from orca_rank.stages.planning import budget_of, grouped, layers_of, make_plan
+from orca_rank.stages.setup import bare_model, outline, stage_folder
+from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable
 
 console = Console()
 

@@ -8,10 +8,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
-from orca_rank.artifacts import stage_folder
-from orca_rank.files import atomic
+from orca_rank.artifacts.files import atomic
 from orca_rank.fitted import load
-from orca_rank.stages.parts import data_for, device_of
+from orca_rank.stages.setup import data_for, device_of, stage_folder
 
 
 def run(config: DictConfig) -> None:

@@ -13,9 +13,9 @@ from rich.progress import Progress
 from torch import Tensor
 
 from orca_rank.adapters import DyLoRA, adapters, set_rank
-from orca_rank.artifacts import stage_folder, write_tensors
+from orca_rank.artifacts.files import write_tensors
 from orca_rank.fitted import Fitted, chosen_folder, load
-from orca_rank.stages.parts import data_for, device_of
+from orca_rank.stages.setup import data_for, device_of, stage_folder
 from orca_rank.task import Task
 
 console = Console()

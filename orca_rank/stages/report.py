@@ -14,16 +14,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from orca_rank.artifacts import differences, plain, read_json, stage_folder, write_csv, write_json
+from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
+from orca_rank.artifacts.provenance import differences, plain
 from orca_rank.build import build
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
-from orca_rank.files import atomic
 from orca_rank.fitted import load
-from orca_rank.plots import gallery_figure, words
-from orca_rank.stages import report_sections
-from orca_rank.stages.report_page import Page, cell
-from orca_rank.stages.run_folder import RunFolder, Tune, made_by, read_run, summary
+from orca_rank.report import sections
+from orca_rank.report.figures import gallery_figure, words
+from orca_rank.report.page import Page, cell
+from orca_rank.report.run_folder import RunFolder, Tune, made_by, read_run, summary
+from orca_rank.stages.setup import stage_folder
 
 console = Console()
 _SAMPLES = 4
@@ -52,13 +53,13 @@ def run(config: DictConfig) -> None:
     baselines = _baselines(config, folder / "baseline.json", data) if isinstance(data, Darcy) else {}
 
     page = Page(f"orca_rank: {config.run}", _lead(found))
-    report_sections.overview(page, found)
-    report_sections.alignment(page, found)
-    report_sections.gaps(page, found)
-    report_sections.spectra(page, found)
-    report_sections.ranks(page, found)
-    report_sections.parameters(page, found)
-    report_sections.finetunes(page, found, baselines)
+    sections.overview(page, found)
+    sections.alignment(page, found)
+    sections.gaps(page, found)
+    sections.spectra(page, found)
+    sections.ranks(page, found)
+    sections.parameters(page, found)
+    sections.finetunes(page, found, baselines)
     if best is not None and data is not None:
         _predictions(page, found, best, data)
     _options(page, found)

@@ -8,10 +8,10 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from orca_rank.layer_plots import agreement_figure, gap_figure, rank_figure, significant, spectra_figure
-from orca_rank.plots import Number, alignment_figure, comparison_figure, learning_curves, parts_figure, words
-from orca_rank.stages.report_page import Page, cell
-from orca_rank.stages.run_folder import PARTS, Record, RunFolder, Tune, budget_text, summary
+from orca_rank.report.figures import Number, alignment_figure, comparison_figure, learning_curves, parts_figure, words
+from orca_rank.report.layer_figures import agreement_figure, gap_figure, rank_figure, significant, spectra_figure
+from orca_rank.report.page import Page, cell
+from orca_rank.report.run_folder import PARTS, Record, RunFolder, Tune, budget_text, summary
 
 _PLANS = 6  # rank plans drawn; the table has all
 _DISTANCES = {"otdd": "OTDD, full squared cost", "mmd": "MMD², unbiased", "sliced": "d · sliced W₂²"}

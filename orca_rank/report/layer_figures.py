@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from orca_rank.plots import BLUE, COLOURS, GREY, INK, SKY, VERMILLION, Number, styled, words
+from orca_rank.report.figures import BLUE, COLOURS, GREY, INK, SKY, VERMILLION, Number, styled, words
 
 SIGNIFICANT = 0.05
 _BLOCK = re.compile(r"^(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.(.+)$")

@@ -43,8 +43,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | int,
-        weight_decay: float | int = 0.05,
+        lr: float,
+        weight_decay: float = 0.05,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
@@ -91,7 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
         parameter.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float | int, muon: bool) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[dict[str, Any]]:
     """Groups of a classifier's parameters: matrices of the body, other weights, and what is not decayed.
 
     Biases, norms and position tables are not decayed. The first layer (a convolution) and the head go to AdamW.

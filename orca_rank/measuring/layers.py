@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from orca_rank.distances.null import Gap, calibrate, family_p, standardise, whiten
+from orca_rank.distances.calibrate import Gap, calibrate, family_p, standardise, whiten
 from orca_rank.distances.scores import check_metric, has_fast_route
-from orca_rank.gradients import Gradients
-from orca_rank.ranks import Layer
-from orca_rank.spectra import Spectrum, activation, intrinsic_dimension, ot_map, transport, weight_ranks
-from orca_rank.statistics import Inputs
+from orca_rank.measuring.activations import Inputs
+from orca_rank.measuring.gradients import Gradients
+from orca_rank.measuring.records import Layer
+from orca_rank.measuring.spectra import Spectrum, activation, intrinsic_dimension, ot_map, transport, weight_ranks
 
 VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "standardised": standardise,

@@ -44,7 +44,7 @@ STYLE = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-Number = float | int
+Number = float
 _UPPER = ("l2", "mmd", "otdd")
 _NUMBERED = 12  # fine-tunes named in a legend; more are named by their number alone
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from orca_rank.distances import mmd, otdd, sliced_wasserstein
-from orca_rank.stages.features import Source
+from orca_rank.training.features import Source
 
 Distances = dict[str, dict[str, float]]
 

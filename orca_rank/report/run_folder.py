@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from orca_rank.artifacts import check_inputs, read_json, stage_folder
+from orca_rank.artifacts.files import read_json
+from orca_rank.artifacts.provenance import check_inputs
 from orca_rank.task import Task
 
 Record = dict[str, Any]
@@ -79,7 +80,7 @@ def read_run(config: DictConfig) -> RunFolder:
     Raises:
         FileNotFoundError: if no stage has left anything there. ValueError: if a file is damaged or lacks a part.
     """
-    run = RunFolder(stage_folder(config, "report").parent)
+    run = RunFolder(Path(config.paths.runs) / str(config.run))
     run.align = _read(run, config, "align/metrics.json", "align", "the alignment", ("distances", "objective"))
     run.alignment = _curve(run.path / "align/curve.csv", made_by(config, "align"), ("epoch", "loss"))
     run.layers = _read(run, config, "measure/layers.json", "measure", "the gap of every layer", ("layers",))

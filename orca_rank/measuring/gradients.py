@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.spectra import Spectrum, leading, upper_bound
+from orca_rank.measuring.spectra import Spectrum, leading, upper_bound
 
 ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
 

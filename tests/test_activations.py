@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from orca_rank.gradients import collect_gradients
-from orca_rank.spectra import (
+from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.gradients import collect_gradients
+from orca_rank.measuring.spectra import (
     activation,
     intrinsic_dimension,
     leading,
@@ -17,7 +18,6 @@ from orca_rank.spectra import (
     upper_bound,
     weight_ranks,
 )
-from orca_rank.statistics import collect, module_of
 
 
 def generator(seed):

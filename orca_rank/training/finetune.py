@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from orca_rank import adapters
-from orca_rank.artifacts import write_csv
+from orca_rank.artifacts.files import write_csv
 from orca_rank.backbone import OrcaModel
 from orca_rank.task import Task
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from orca_rank.artifacts import key
-from orca_rank.files import atomic
+from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.provenance import key
 
 
 class Unfinished:

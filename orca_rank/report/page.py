@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from orca_rank.plots import png
+from orca_rank.report.figures import png
 
 _WIDE = 11.6  # inches; wider figures scroll sideways instead of shrinking
 _STYLE = """

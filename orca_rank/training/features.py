@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,10 +14,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from orca_rank.artifacts import key, plain, read_tensors, write_tensors
-from orca_rank.backbone import weights_hash
 from orca_rank.build import build
-from orca_rank.stages.parts import resolve_backbone, source_side
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
 
@@ -92,55 +88,16 @@ def embed(embedder: nn.Module, loader: DataLoader, limit: int, device: torch.dev
     embedder.eval().to(device)
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    for x, y in _limited(loader, limit):
+    for x, y in limited(loader, limit):
         features.append(token_mean(embedder(x.to(device))).cpu())
         labels.append(y)
     return torch.cat(features), torch.cat(labels)
 
 
-def _limited(loader: DataLoader, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+def limited(loader: DataLoader, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     seen = 0
     for x, y in loader:
         yield x[: limit - seen], y[: limit - seen]
         seen += len(x)
         if seen >= limit:
             return
-
-
-def source_features(config: DictConfig, device: torch.device) -> Source:
-    """Features of up to align.source_samples source images through the pretrained embedder, cached.
-
-    The cache is keyed by the source, the backbone with the embedder's weights, and the number of images. A source that
-    comes embedded needs none.
-    """
-    options = config.align
-    pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
-    backbone = resolve_backbone(config)
-    data = build(config.source)
-    embedder = source_side(backbone, int(config.seed), data).embedder
-    if getattr(data, "embedded", False):
-        tokens = torch.cat([x.flatten(1, -2) for x, _ in _limited(plain_loader(data, "train", 64), max(pool, 1))])
-        return Source(*data.means(int(options.source_samples)), tokens[:pool])
-    name = key(
-        {
-            "source": plain(config.source),
-            "contents": getattr(data, "contents", None),
-            "backbone": backbone,
-            "weights": weights_hash(embedder),
-            "n": options.source_samples,
-            "clusters": options.clusters,
-            "pool": pool,
-        }
-    )
-    path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
-    if not path.exists():
-        loader = plain_loader(prepared(config.source), "train", 64)
-        features, y = embed(embedder, loader, int(options.source_samples), device)
-        tokens = features.new_zeros(0, 1, features.shape[1])
-        if pool:
-            images = torch.cat([x for x, _ in _limited(loader, pool)])
-            with torch.no_grad():
-                tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
-        labels = Labeller(y, int(options.clusters), int(config.seed))(y)
-        write_tensors(path, {"features": features, "labels": labels, "tokens": tokens.float()})
-    return Source(**read_tensors(path, "stage=align"))

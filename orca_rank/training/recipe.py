@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from orca_rank.artifacts.files import atomic
 from orca_rank.data.augment import Augmentation
-from orca_rank.files import atomic
 
 # For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
 ON_THE_SPOT = {
@@ -53,13 +53,13 @@ class Recipe:
     batch_size: int = 128
     accumulate: int = 1
     optimizer: str = "adamw"
-    lr: float | int = 2e-3
-    weight_decay: float | int = 0.05
-    warmup_epochs: float | int = 1.0
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
     schedule: str = "cosine"
-    decay_epochs: float | int = 8.0
-    ema: float | int = 0.998
-    clip: float | int | None = None
+    decay_epochs: float = 8.0
+    ema: float = 0.998
+    clip: float | None = None
     compile: bool = False
     half: bool = True
     seed: int = 0
@@ -84,7 +84,7 @@ class Recipe:
         return self.decay_augmentation if decaying else self.augmentation
 
 
-def lr_factor(step: int, steps_per_epoch: float | int, recipe: Recipe) -> float:
+def lr_factor(step: int, steps_per_epoch: float, recipe: Recipe) -> float:
     """The learning rate of optimiser step 0, 1, … as a fraction of its peak."""
     warm, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
     if step < warm:

@@ -1,0 +1,118 @@
+"""Files that are there whole or not at all, with a schema version, the options they were made with and hashes of their
+inputs; for every room, the pure ones too.
+
+Files are the interface between stages, so every way in which one can be missing, stale or half-written is an error
+here, and the error names the command that mends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it into place when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+SCHEMA = 1
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(
+    path: Path,
+    payload: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any] | None = None,
+    inputs: Iterable[Path] = (),
+) -> None:
+    """Write `payload` with its schema version, the config sections it was made with and the hashes of its inputs."""
+    run = path.parent.parent
+    hashes = {os.path.relpath(item, run): file_hash(Path(item)) for item in inputs}
+    content = {"schema": SCHEMA, "config": dict(config or {}), "inputs": hashes, **payload}
+    text = json.dumps(content, indent=1, default=_jsonable)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+def read_json(path: Path, made_by: str) -> dict[str, Any]:
+    """Read an artefact that `python -m orca_rank <made_by>` writes.
+
+    Raises:
+        FileNotFoundError: if it is missing. ValueError: if it is damaged, or of another schema.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `python -m orca_rank {made_by}` first")
+    try:
+        payload = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): run `python -m orca_rank {made_by} force=true`") from error
+    found = payload.get("schema") if isinstance(payload, dict) else None
+    if found != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found}, this version reads {SCHEMA}: run `python -m orca_rank {made_by} force=true`"
+        )
+    return payload
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as CSV, atomically; the columns are the names in the order in which the rows first use them."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
+    """Read safetensors that `python -m orca_rank <made_by>` writes; errors as in `read_json`."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run `python -m orca_rank {made_by}` first")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): run `python -m orca_rank {made_by} force=true`") from error
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot write a {type(value).__name__} to JSON: {value!r}")

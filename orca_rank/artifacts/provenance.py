@@ -1,0 +1,96 @@
+"""What an artefact was made from: options as plain values, hashes of data, and whether a result still holds."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from orca_rank.artifacts.files import file_hash, read_json
+
+# Where files lie, and how hard the machine is worked, change nothing in a result.
+IGNORED_KEYS = frozenset({"root", "cache", "workers", "num_workers", "enable_progress_bar", "default_root_dir"})
+
+
+def contents_hash(paths: Sequence[Path]) -> str:
+    """A short hash of what some files hold, wherever they lie; a file that is not there counts as missing."""
+    return key([_hash_as_of(path, path.stat().st_mtime_ns) if path.is_file() else "missing" for path in paths])
+
+
+@functools.cache
+def _hash_as_of(path: Path, changed: int) -> str:
+    """The stages of one process ask for the same large files again and again."""
+    return file_hash(path)
+
+
+def plain(node: Any) -> Any:
+    """A config node as plain Python values, interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def select(config: DictConfig, *sections: str) -> dict[str, Any]:
+    """The named top-level sections of a config as plain values: what an artefact depends on."""
+    return {name: plain(config[name]) for name in sections}
+
+
+def key(values: Any) -> str:
+    """A short stable name of plain values, for caches."""
+    text = json.dumps(_without_ignored(plain(values)), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(path: Path, config: Mapping[str, Any], *, force: bool, made_by: str) -> bool:
+    """Whether `path` already holds the result of this very config.
+
+    Raises:
+        ValueError: if it holds the result of another config, naming the options that differ.
+    """
+    if force or not path.exists():
+        return False
+    stored = read_json(path, made_by)
+    if differing := sorted(differences(stored["config"], plain(config))):
+        raise ValueError(
+            f"{path} was made with other options ({'; '.join(differing[:6])}): "
+            f"add run=<another name> to keep it, or force=true to replace it"
+        )
+    try:
+        check_inputs(path, stored, made_by)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
+
+
+def check_inputs(path: Path, payload: Mapping[str, Any], made_by: str) -> None:
+    """Raise if a file that `path` was made from has changed or gone since."""
+    for name, expected in payload["inputs"].items():
+        source = path.parent.parent / name
+        if not source.exists():
+            raise FileNotFoundError(
+                f"{path} was made from {source}, which is gone: run `python -m orca_rank {made_by}`"
+            )
+        if file_hash(source) != expected:
+            raise ValueError(f"{source} changed after {path} was made from it: run `python -m orca_rank {made_by}`")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The options in which two plain configs differ, as "name: old -> new"."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = (set(old) | set(new)) - IGNORED_KEYS
+        return [
+            line
+            for name in names
+            for line in differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else str(name))
+        ]
+    old, new = json.loads(json.dumps(old, default=str)), json.loads(json.dumps(new, default=str))
+    return [] if old == new else [f"{prefix}: {old} -> {new}"]
+
+
+def _without_ignored(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _without_ignored(value) for name, value in values.items() if name not in IGNORED_KEYS}
+    return [_without_ignored(value) for value in values] if isinstance(values, list | tuple) else values

@@ -1,0 +1,1 @@
+"""What is measured at every layer of a frozen body: gaps, spectra and single numbers."""

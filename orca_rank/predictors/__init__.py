@@ -1,0 +1,1 @@
+"""From the body's features to what the task asks for."""

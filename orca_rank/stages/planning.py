@@ -1,0 +1,76 @@
+"""From the layers of a body, and what was measured there, to a rank plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+from torch import nn
+
+from orca_rank.artifacts.files import read_json
+from orca_rank.artifacts.provenance import plain
+from orca_rank.backbone import adaptable_layers
+from orca_rank.build import build
+from orca_rank.ranks import Budget, Layer, RankPlan, averaged
+from orca_rank.stages.setup import stage_folder
+
+
+def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
+    """The layers to adapt, with their measurements where stage=measure has made them.
+
+    Raises:
+        ValueError: if the run's measurements are of other layers.
+    """
+    layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
+    path = stage_folder(config, "measure") / "layers.json"
+    if not path.exists():
+        return layers
+    measured = {record["name"]: record for record in read_json(path, "stage=measure")["layers"]}
+    names = {layer.name for layer in layers}
+    if names != set(measured):
+        raise ValueError(
+            f"{path} measured other layers than layers.target={config.layers.target!r} layers.qkv={config.layers.qkv} "
+            f"choose (for example {sorted(names ^ set(measured))[:2]}): run `python -m orca_rank stage=measure "
+            f"run={config.run} force=true`, or use another run"
+        )
+    for layer in layers:
+        record = measured[layer.name]
+        if (record["d_in"], record["d_out"]) != (layer.d_in, layer.d_out):
+            raise ValueError(f"{path} was measured on another backbone: {layer.name} has another shape there")
+    return [Layer.from_dict(measured[layer.name]) for layer in layers]
+
+
+def grouped(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """Rows of a table: q, k and v of one matrix together, under names without what every name repeats."""
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        parent, _, part = layer.name.rpartition(".")
+        name = f"{parent} (q k v)" if part in ("q", "k", "v") else layer.name
+        groups.setdefault(re.sub(r"\b(layers|blocks)\.", "", name), []).append(layer)
+    return groups
+
+
+def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
+    """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
+    budget, and checked against them."""
+    plan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config))
+    plan.check(layers)
+    return plan
+
+
+def budget_of(config: DictConfig) -> Budget | None:
+    """The configured budget; None where no limit is set, for rules that know how many ranks they want.
+
+    Raises:
+        ValueError: for more than one limit, or bounds without one.
+    """
+    options = plain(config.budget)
+    if any(options[name] is not None for name in ("mean_rank", "total_rank", "parameters")):
+        return Budget(**options)
+    if options["r_min"] or options["r_max"] is not None:
+        raise ValueError(
+            f"budget.r_min={options['r_min']} and budget.r_max={options['r_max']} bound the ranks of a budget: set one "
+            f"of budget.mean_rank, total_rank and parameters too"
+        )
+    return None

@@ -1,0 +1,155 @@
+"""What several stages set up the same way: backbone, model, data, device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from orca_rank.artifacts.files import read_tensors
+from orca_rank.artifacts.provenance import key, plain, select
+from orca_rank.backbone import OrcaModel, create_model, source_model
+from orca_rank.build import build
+from orca_rank.task import Task
+from orca_rank.training.pretrain import pretrain_source
+from orca_rank.weights import shipped
+
+console = Console(highlight=False)
+# What a model's weights before fine-tuning depend on.
+MODEL_SECTIONS = ("backbone", "embedder", "seed")
+
+
+def resolve_backbone(config: DictConfig) -> dict[str, Any]:
+    """The backbone config with `pretrained` as `backbone.create_timm` reads it: a bool or a path.
+
+    `on_source` pretrains on the run's source data, once, and caches the weights; `shipped` takes the weights that
+    come with this package.
+    """
+    backbone = plain(config.backbone)
+    if backbone["pretrained"] == "on_source":
+        backbone["pretrained"] = str(on_source(config))
+    elif backbone["pretrained"] == "shipped":
+        backbone["pretrained"] = str(shipped(backbone["shipped"]))
+    return backbone
+
+
+def build_model(config: DictConfig, task: Task) -> OrcaModel:
+    """The model before fine-tuning, with the embedder that the config asks for.
+
+    Raises:
+        FileNotFoundError: embedder.aligned without a finished stage=align. ValueError: an embedder of another shape.
+    """
+    torch.manual_seed(config.seed)
+    model = create_model(resolve_backbone(config), task, config.embedder.init)
+    if config.embedder.aligned:
+        path = aligned_embedder(config)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: run `python -m orca_rank stage=align run={config.run}` first, or set "
+                f"embedder.aligned=false to use the {config.embedder.init} initialisation"
+            )
+        state = read_tensors(path, "stage=align")
+        try:
+            model.embedder.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} does not fit this backbone and target ({str(error).splitlines()[-1].strip()}): run "
+                f"`python -m orca_rank stage=align run={config.run} force=true`"
+            ) from error
+    return model
+
+
+def contents(config: DictConfig, *places: str) -> dict[str, str]:
+    """place in the config -> a hash of the files that its data are read from, for those that read any: with the
+    options, what a result depends on."""
+    found = {place: getattr(build(OmegaConf.select(config, place)), "contents", None) for place in places}
+    return {place: value for place, value in found.items() if value is not None}
+
+
+def source_side(backbone: Mapping[str, Any], seed: int, data: L.LightningDataModule) -> OrcaModel:
+    """The pretrained embedder and body that a source passes through; no embedder where its data come as tokens.
+
+    Args:
+        backbone: as `resolve_backbone` gives it. seed: of weights that are random, the same in every stage.
+
+    Raises:
+        ValueError: if the tokens belong to another backbone.
+    """
+    torch.manual_seed(seed)
+    model = source_model(backbone)
+    if getattr(data, "embedded", False):
+        data.check(model.embedder, backbone["pretrained"] is not False)
+        model.embedder = nn.Identity()
+    return model
+
+
+def outline(data: L.LightningDataModule) -> Task:
+    """The task of a data module, without loading the data where the module can tell its shapes beforehand."""
+    return getattr(data, "outline", None) or data.task
+
+
+def data_for(config: DictConfig, task: Task, stage: str) -> L.LightningDataModule:
+    """The run's data, set up for "fit" or "test", for a model that was fine-tuned for `task`.
+
+    Raises:
+        ValueError: if the data are of another task.
+    """
+    data = build(config.data)
+    data.prepare_data()
+    data.setup(stage)
+    if (data.task.kind, data.task.output_shape) != (task.kind, task.output_shape):
+        raise ValueError(
+            f"the model was fine-tuned for {task.kind} {task.output_shape}, the data are "
+            f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
+        )
+    return data
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Where a stage computes without a Trainer: the GPU, if there is one and trainer.accelerator allows it."""
+    wanted = config.trainer.get("accelerator", "auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def aligned_embedder(config: DictConfig) -> Path:
+    """Where stage=align leaves the embedder."""
+    return stage_folder(config, "align") / "embedder.safetensors"
+
+
+def bare_model(config: DictConfig, task: Task) -> OrcaModel:
+    """The architecture alone, on the meta device: no weights are read, drawn or stored."""
+    with torch.device("meta"):
+        return create_model({**plain(config.backbone), "pretrained": False}, task, config.embedder.init)
+
+
+def close_logger(trainer: L.Trainer) -> None:
+    """End a tracked run: W&B would give an open one to the next job of a sweep, which shares the process."""
+    finish = getattr(getattr(trainer.logger, "experiment", None), "finish", None)
+    if finish is not None:
+        finish()
+
+
+def stage_folder(config: DictConfig, stage: str) -> Path:
+    """runs/<run>/<stage>; not created until something is written."""
+    return Path(config.paths.runs) / str(config.run) / stage
+
+
+def on_source(config: DictConfig) -> Path:
+    """The weights for backbone.pretrained=on_source: trained once for a source and recipe, and kept in paths.cache."""
+    made_from = {**select(config, "source", "backbone"), "contents": contents(config, "source")}
+    folder = Path(config.paths.cache) / "pretrain" / key(made_from)
+    if not (folder / "metrics.json").exists() or not (folder / "weights.safetensors").exists():
+        console.print(f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True)
+        pretrain_source(made_from["backbone"], build(config.source), folder, made_from, trainer_options(config))
+    return folder / "weights.safetensors"
+
+
+def trainer_options(config: DictConfig) -> dict[str, Any]:
+    """Where and how precisely pretraining computes: what a run's trainer says of it."""
+    return {name: config.trainer[name] for name in ("accelerator", "precision") if name in config.trainer}

@@ -1,0 +1,98 @@
+"""Which parameters a fine-tune trains, and how many they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+
+from orca_rank.adapters import inject
+from orca_rank.artifacts.provenance import plain
+from orca_rank.backbone import OrcaModel
+from orca_rank.build import build
+from orca_rank.measuring.spectra import load_directions
+from orca_rank.ranks import Layer, RankPlan
+from orca_rank.ranks.ibp import concentration
+from orca_rank.ranks.rules import gap_values
+from orca_rank.stages.setup import stage_folder
+
+
+def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any]:
+    """The adapter's module config with what it takes from stage=measure filled in.
+
+    `concentration: gaps` becomes each layer's α_i = mean · (D_i / D̄)^γ of the IBP prior (adapter.prior), and
+    `init: directions` reads the leading directions that the measurement adapter.directions found.
+
+    Raises:
+        ValueError: if the layers carry no such gap, or no such directions were stored. FileNotFoundError: if none were.
+    """
+    module = plain(config.adapter.module)
+    if module.get("concentration") == "gaps":
+        prior = config.adapter.prior
+        gaps = gap_values(layers, prior.metric, config.adapter.name)
+        alphas = concentration(gaps, prior.mean, prior.gamma).clip(min=0.01 * prior.mean)
+        module["concentration"] = {layer.name: float(a) for layer, a in zip(layers, alphas, strict=True)}
+    if module.get("init") == "directions":
+        stored = stage_folder(config, "measure") / "directions.safetensors"
+        module["directions"] = load_directions(stored, config.adapter.directions)
+    return module
+
+
+def make_trainable(
+    model: OrcaModel, config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any] | None
+) -> None:
+    """Freeze the model, then free what the config trains: adapter (see `adapter_module`), embedder, predictor.
+
+    Raises:
+        ValueError: for an unknown adapter.method.
+    """
+    method = config.adapter.method
+    model.requires_grad_(False)
+    if method == "inject":
+        inject(model.body, plan, adapter=build(adapter))
+    elif method == "full":
+        model.body.requires_grad_(True)
+    elif method == "norm":
+        for module in model.body.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_(True)
+    elif method != "probe":
+        raise ValueError(f"adapter.method must be inject, full, norm or probe, received {method!r}")
+    model.embedder.requires_grad_(bool(config.embedder.train))
+    model.predictor.requires_grad_(not config.predictor.frozen_on_purpose)
+
+
+def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
+    """Trainable parameters by part, and the total of all parameters.
+
+    `adapter` counts what was injected into the body, `other` what else of the body is trained.
+    """
+    parts = {
+        name: sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad)
+        for name in ("embedder", "body", "predictor")
+    }
+    body = parts.pop("body")
+    parts |= {"adapter": body if adapters else 0, "other": 0 if adapters else body}
+    return {
+        "trainable_parameters": {"total": sum(parts.values()), **parts},
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def audit(model: OrcaModel, config: DictConfig) -> None:
+    """Stop before training when a freshly initialised module is frozen: every rank would look equally bad.
+
+    Raises:
+        ValueError: the predictor, or an embedder with random weights, is frozen and no option says so on purpose.
+    """
+    if not any(p.requires_grad for p in model.predictor.parameters()) and not config.predictor.frozen_on_purpose:
+        raise ValueError(
+            "the freshly initialised predictor is frozen: train it, or set predictor.frozen_on_purpose=true"
+        )
+    if config.embedder.init == "random" and not config.embedder.aligned and not config.embedder.train:
+        raise ValueError(
+            "the embedder has random weights and is frozen: set embedder.train=true, embedder.init=pretrained, or "
+            "embedder.aligned=true"
+        )

@@ -1,0 +1,1 @@
+"""The LightningModules of the stages and what they train with."""

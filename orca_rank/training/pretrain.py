@@ -1,0 +1,257 @@
+"""The LightningModule of stage=pretrain, and the loop around it."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lightning.pytorch.callbacks import Checkpoint
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from orca_rank.artifacts.files import atomic, write_json, write_tensors
+from orca_rank.data.augment import Augmentation, mix, soft_labels
+from orca_rank.data.module import channel_statistics
+from orca_rank.training.muon import MuonAdamW, parameter_groups
+from orca_rank.training.recipe import ON_THE_SPOT, EpochOrder, Recipe, keep_recipe, lr_factor
+
+console = Console(highlight=False)
+Pair = tuple[Tensor, Tensor]
+
+
+class Pretrain(L.LightningModule):
+    """Soft-label cross-entropy on augmented batches, with a moving average of the weights.
+
+    Args:
+        network: images (B, C, H, W), normalised → logits (B, classes); images of another size than its patch_embed
+            takes are resized first. recipe: see `Recipe`. classes: number of them.
+        mean, std: of the channels of images in [0, 1], each (C, 1, 1).
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe, classes: int, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network, self.recipe, self.classes = network, recipe, classes
+        self.average = copy.deepcopy(network).requires_grad_(False)
+        patches = getattr(network, "patch_embed", None)
+        self.size: tuple[int, int] | None = None if patches is None else tuple(patches.img_size)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.loss = torch.compile(self._loss, dynamic=False) if recipe.compile else self._loss
+
+    def _loss(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.network(x).float(), target)
+
+    def normalised(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return (x - self.mean) / self.std
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        images, labels = batch
+        options = self.recipe.augmentation_in(self.current_epoch)
+        random = np.random.default_rng((self.recipe.seed, self.current_epoch, index))
+        torch.manual_seed(int(random.integers(2**31)))  # dropout and drop path, the same after a resume
+        x = options.images(unit_range(images, self.size), random)
+        target = soft_labels(labels, self.classes, options.smoothing)
+        x, target = mix(x, target, options, random)
+        loss = self.loss(self.normalised(x), target)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(x))
+        return loss
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        count = int(self.updates)
+        update_average(self.average, self.network, min(self.recipe.ema, (1 + count) / (10 + count)))
+        self.updates += 1
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        """Top-1 of the average on every batch, of the raw weights on every fourth (a cheap second curve)."""
+        images, labels = batch
+        x = self.normalised(unit_range(images, self.size))
+        for name, network in (("val/top1", self.average), ("val/top1_raw", self.network)):
+            if network is self.average or index % 4 == 0:
+                right = (network(x).argmax(1) == labels).float().mean()
+                self.log(name, right, on_step=False, on_epoch=True, batch_size=len(x))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        recipe, muon = self.recipe, self.recipe.optimizer == "muon"
+        groups = parameter_groups(self.network, recipe.weight_decay, muon)
+        make = MuonAdamW if muon else torch.optim.AdamW
+        optimizer = make(groups, lr=recipe.lr, betas=(0.9, 0.99))
+        per_epoch = self.trainer.estimated_stepping_batches / self.trainer.max_epochs
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, per_epoch, recipe))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Keep(Checkpoint):
+    """After every epoch: last.ckpt, the best average so far, curve.csv and one line with the time left."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        self.rows: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
+        seconds = time.monotonic() - self.started
+        best = max((row["val/top1"] for row in self.rows), default=-1.0)
+        self.rows.append(
+            {"epoch": trainer.current_epoch + 1, "lr": trainer.optimizers[0].param_groups[0]["lr"], "seconds": seconds}
+            | {name: metrics[name] for name in ("train/loss", "val/top1", "val/top1_raw")}
+        )
+        if metrics["val/top1"] > best:
+            dtype = torch.float16 if self.recipe.half else torch.float32
+            write_weights(self.folder / "weights.safetensors", module, dtype, len(self.rows), metrics["val/top1"])
+        with atomic(self.folder / "curve.csv") as path, path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        with atomic(self.folder / "last.ckpt") as path:
+            trainer.save_checkpoint(path, weights_only=False)
+        left = (self.recipe.epochs - len(self.rows)) * seconds / 60
+        console.print(
+            f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  "
+            f"top-1 {metrics['val/top1']:.2%} (raw weights {metrics['val/top1_raw']:.2%})  "
+            f"{seconds:.0f} s, {left:.0f} min left"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+
+
+def pretrain(
+    network: nn.Module,
+    train: Pair,
+    val: Pair,
+    folder: Path,
+    recipe: Recipe,
+    classes: int | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> Path:
+    """Train, or go on from folder/last.ckpt, and return folder/weights.safetensors: the best average.
+
+    Args:
+        network: a classifier, for example timm.create_model(..., num_classes=classes).
+        train, val: (images, labels); images (n, C, H, W) uint8 or float in [0, 1], labels (n,) integers from 0.
+        folder: for last.ckpt, curve.csv and weights.safetensors. recipe: see `Recipe`.
+        classes: number of outputs; by default the largest label + 1.
+        trainer: further options of lightning.Trainer, such as accelerator or precision ("bf16-mixed").
+
+    Raises:
+        ValueError: for no images, or for a checkpoint made with another recipe (epochs and compile may change).
+    """
+    if not len(train[0]) or not len(val[0]):
+        raise ValueError(
+            f"pretraining needs images, received {len(train[0])} to train on and {len(val[0])} to validate on"
+        )
+    classes = int(train[1].max()) + 1 if classes is None else classes
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "last.ckpt"
+    keep_recipe(folder / "recipe.json", recipe, checkpoint.exists())
+    mean, std = channel_statistics(train[0])
+    scale = 255 if train[0].dtype == torch.uint8 else 1
+    module = Pretrain(network, recipe, classes, mean / scale, std / scale)
+    orders = EpochOrder(len(train[0]), recipe.batch_size, recipe.seed)
+    options = dict(accelerator="auto", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False)
+    options |= dict(num_sanity_val_steps=0, callbacks=[Keep(folder, recipe)], max_epochs=recipe.epochs)
+    options |= dict(accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.clip, **(trainer or {}))
+    loaders = [
+        DataLoader(TensorDataset(train[0], train[1].long()), batch_size=None, sampler=orders),
+        DataLoader(TensorDataset(val[0], val[1].long()), batch_size=min(500, len(val[0]))),
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are cut from memory
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
+        fit = L.Trainer(**options).fit
+        fit(module, loaders[0], loaders[1], ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+    return folder / "weights.safetensors"
+
+
+def unit_range(images: Tensor, size: tuple[int, int] | None) -> Float[Tensor, "b c h w"]:
+    """uint8 images to [0, 1], float images as they are; resized to the network's size where that is another."""
+    x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return x if size is None or x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """θ̄ ← decay θ̄ + (1 − decay) θ for parameters; buffers are copied."""
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+    for old, new in zip(average.buffers(), network.buffers(), strict=True):
+        old.copy_(new)
+
+
+def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, top1: float) -> None:
+    """The averaged weights as safetensors, with what a reader needs to use them as metadata."""
+    state = {name: value.to(dtype) for name, value in module.average.state_dict().items() if value.is_floating_point()}
+    mean, std = (
+        json.dumps([round(value, 6) for value in part.flatten().tolist()]) for part in (module.mean, module.std)
+    )
+    write_tensors(path, state, {"epoch": str(epoch), "val_top1": f"{top1:.6f}", "mean": mean, "std": std})
+
+
+def pretrain_source(
+    backbone: Mapping[str, Any],
+    source: Any,
+    folder: Path,
+    made_from: Mapping[str, Any],
+    trainer: dict[str, Any],
+) -> None:
+    """Pretrain a backbone on a source of images and write weights.safetensors and metrics.json to the folder.
+
+    Args:
+        backbone: the backbone config as plain values; its `recipe`, if it has one. source: a data module with `parts`.
+        folder: where. made_from: what the result depends on. trainer: options of lightning.Trainer.
+
+    Raises:
+        ValueError: a source that is not a classification of images, or an unknown validate_on.
+    """
+    options = {**backbone.get("recipe", ON_THE_SPOT)}
+    validate_on = options.pop("validate_on", "val")
+    if getattr(source, "embedded", False):
+        raise ValueError(
+            "the source comes as tokens of another backbone, without images to pretrain on: choose source=digits, "
+            "tiny_imagenet, cifar10_5k, image_folder or arrays"
+        )
+    parts = source.parts
+    if parts.task.kind != "classification":
+        raise ValueError(f"pretraining needs a source with classes, this one is a {parts.task.kind} task")
+    if validate_on not in ("val", "test"):
+        raise ValueError(f"backbone.recipe.validate_on must be 'val' or 'test', received {validate_on!r}")
+    train, val = parts.train, parts.val
+    if validate_on == "test":
+        train, val = tuple(torch.cat(both) for both in zip(train, val, strict=True)), parts.test
+    if train[0].dtype != torch.uint8 and (train[0].min() < 0 or train[0].max() > 1):
+        raise ValueError("pretraining takes source images as uint8 or as floats in [0, 1]")
+    drawn = {name: options.pop(name, None) for name in ("augmentation", "decay_augmentation")}
+    recipe = Recipe(**options, **{name: Augmentation(**values) for name, values in drawn.items() if values})
+    classes, start = parts.task.output_shape[0], time.monotonic()
+    torch.manual_seed(recipe.seed)
+    network = timm.create_model(
+        backbone["name"], num_classes=classes, in_chans=parts.task.input_shape[0], **backbone["options"]
+    )
+    weights = pretrain(network, train, val, folder, recipe, classes, trainer)
+    with (folder / "curve.csv").open() as stream:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+    best = max(rows, key=lambda row: row["val/top1"])
+    metrics = {f"{validate_on}/top1": best["val/top1"], "epoch": best["epoch"], "epochs": len(rows)}
+    metrics |= {"seconds": sum(row["seconds"] for row in rows), "seconds_this_time": time.monotonic() - start}
+    write_json(folder / "metrics.json", {"weights": weights.name, **metrics}, config=made_from)
