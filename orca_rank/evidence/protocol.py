@@ -1,0 +1,298 @@
+"""What to run: an adaptive list of fine-tunes, worked out anew from the rows that are there, so that it may stop.
+
+The scale of every adapter is constant over ranks, layers and rules, so that a plan differs from another in its ranks
+alone (under α/r a layer's rank would also be its learning rate). Rates are chosen on validation with seeds of their own;
+what is compared runs at one rate for a task and budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+FROZEN, FULL, UNIFORM = "frozen", "full", "uniform"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fine-tune.
+
+    Args:
+        part: "rates", "gate", "rules" or "own_rates" (a rule at rates of its own). task, rule: names in the options.
+        rank: the budget, as the uniform rank of the same cost; 0 for a frozen body and for full fine-tuning.
+        seed: of predictor, data order and adapter. permutation: of a shuffled plan, else 0.
+        lr: of the adapter or, in full fine-tuning, of the body; predictor_lr: of embedder and predictor.
+    """
+
+    part: str
+    task: str
+    rule: str
+    rank: int
+    seed: int
+    permutation: int
+    lr: float
+    predictor_lr: float
+
+    @property
+    def name(self) -> str:
+        """A folder name that no other point has."""
+        return (
+            f"{self.part}-{self.rule}-r{self.rank}-s{self.seed}-p{self.permutation}-"
+            f"lr{self.lr:.3g}-{self.predictor_lr:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point and what came out; val and test are the task's metric, lower is better."""
+
+    part: str
+    task: str
+    rule: str
+    rank: int
+    seed: int
+    permutation: int
+    lr: float
+    predictor_lr: float
+    val: float
+    test: float
+    parameters: int
+    seconds: float
+
+    @property
+    def point(self) -> Point:
+        return Point(**{item.name: getattr(self, item.name) for item in fields(Point)})
+
+    def to_dict(self) -> dict[str, str | int | float]:
+        """A line of evidence.csv; `budget` is the rank under the name that its readers know."""
+        return {**asdict(self), "budget": f"r={self.rank}"}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, str]) -> Row:
+        """A line of evidence.csv as csv.DictReader gives it.
+
+        Raises:
+            ValueError: if a column is missing or no number.
+        """
+        kinds = {"str": str, "int": int, "float": float}
+        try:
+            return cls(**{item.name: kinds[str(item.type)](record[item.name]) for item in fields(cls)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a row of evidence.csv ({error}): {dict(record)}") from error
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The options of an evidence run.
+
+    Args:
+        tasks: names, near to far. rules: names of rank rules; "uniform" is always run.
+        budgets: uniform ranks at which rules are compared. gate: ranks of the rank curve, beside frozen and full.
+        seeds: of a comparison; many: names of rules -> more seeds; gate_seeds: of the rank curve.
+        permutations: of every rule named in `permuted`, each a plan of its own.
+        rates: the grid, which extends itself where its edge wins.
+        rate_seeds: how many seeds, other than those of the comparisons, choose a rate.
+        steps: how often an edge may be extended.
+        own_rates: the budget at which every rule also chooses its own rate, or None.
+
+    Raises:
+        ValueError: an option out of range, with its name and value.
+    """
+
+    tasks: tuple[str, ...]
+    rules: tuple[str, ...]
+    budgets: tuple[int, ...] = (2, 4)
+    gate: tuple[int, ...] = (1, 4, 16)
+    seeds: int = 8
+    gate_seeds: int = 3
+    rate_seeds: int = 1
+    many: Mapping[str, int] | None = None
+    permuted: tuple[str, ...] = ("shuffled",)
+    permutations: int = 4
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    steps: int = 3
+    own_rates: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least = {"seeds": 2, "gate_seeds": 2, "rate_seeds": 1, "permutations": 2, "steps": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"evidence.{name} must be an integer of at least {least}, received {value!r}")
+        if not self.tasks:
+            raise ValueError("evidence.tasks is empty: name at least one task")
+        for name in ("budgets", "gate"):
+            ranks = getattr(self, name)
+            if not ranks or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+                raise ValueError(f"evidence.{name} must be ranks of at least 1, received {list(ranks)}")
+        if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)) or not self.rates[0] > 0:
+            raise ValueError(f"evidence.rates must be at least 2 rising rates above 0, received {list(self.rates)}")
+        if unknown := sorted(set(self.many or {}) - set(self.rules)):
+            raise ValueError(f"evidence.many names {unknown}, which evidence.rules does not have")
+
+    def seeds_of(self, rule: str) -> int:
+        """How many seeds a rule has; uniform has as many as the rule that has most."""
+        counts = dict(self.many or {})
+        return max([self.seeds, *counts.values()]) if rule == UNIFORM else counts.get(rule, self.seeds)
+
+
+class Waiting(Exception):
+    """What follows is not known before these points have run."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        super().__init__(f"{len(points)} fine-tunes first")
+        self.points = list(points)
+
+
+def pending(protocol: Protocol, rows: Sequence[Row]) -> list[Point]:
+    """The points that can run now and have not; none when the evidence is complete."""
+    done = {row.point for row in rows}
+    found: list[Point] = []
+    for task in protocol.tasks:
+        try:
+            for points in _of_task(protocol, task, rows, done):
+                found += [point for point in points if point not in done]
+        except Waiting as waiting:
+            found += waiting.points
+    return found
+
+
+def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point]) -> Iterator[list[Point]]:
+    head = best_rate(protocol, rows, task, FROZEN, 0, None)
+    rates: dict[tuple[str, int], float] = {}
+    missing: list[Point] = []
+    for rule, rank in [*((UNIFORM, rank) for rank in sorted({*protocol.gate, *protocol.budgets})), (FULL, 0)]:
+        try:
+            rates[rule, rank] = best_rate(protocol, rows, task, rule, rank, head)
+        except Waiting as waiting:
+            missing += waiting.points
+    curve = [(FROZEN, 0, head), *((UNIFORM, rank, rates.get((UNIFORM, rank))) for rank in protocol.gate)]
+    curve.append((FULL, 0, rates.get((FULL, 0))))
+    gate = [
+        Point("gate", task, rule, rank, seed, 0, lr, head)
+        for rule, rank, lr in curve
+        if lr is not None
+        for seed in range(protocol.gate_seeds)
+    ]
+    yield gate
+    if missing:
+        raise Waiting(missing)
+    if any(point not in done for point in gate) or not rank_matters(protocol, rows, task).matters:
+        return
+    for rank in protocol.budgets:
+        yield [
+            Point("rules", task, rule, rank, seed, permutation, rates[UNIFORM, rank], head)
+            for rule in dict.fromkeys((UNIFORM, *protocol.rules))
+            for seed in range(protocol.seeds_of(rule))
+            for permutation in range(protocol.permutations if rule in protocol.permuted else 1)
+        ]
+    if protocol.own_rates is not None:
+        later: list[Point] = []
+        for rule in protocol.rules:
+            try:
+                own = best_rate(protocol, rows, task, rule, protocol.own_rates, head)
+            except Waiting as waiting:
+                later += waiting.points
+                continue
+            if own != rates[UNIFORM, protocol.own_rates]:
+                yield [
+                    Point("own_rates", task, rule, protocol.own_rates, seed, 0, own, head)
+                    for seed in range(protocol.seeds)
+                ]
+        if later:
+            raise Waiting(later)
+
+
+def best_rate(
+    protocol: Protocol, rows: Sequence[Row], task: str, rule: str, rank: int, predictor_lr: float | None
+) -> float:
+    """The learning rate of the lowest mean validation metric, on a grid that grows while its edge wins.
+
+    Args:
+        predictor_lr: that of embedder and predictor; None: it is this rate that is looked for (a frozen body).
+
+    Raises:
+        Waiting: with the points that have to run first.
+    """
+    grid = list(protocol.rates)
+    ratio = grid[1] / grid[0]
+    tried = {
+        (row.lr, row.seed): row.val
+        for row in rows
+        if (row.part, row.task, row.rule, row.rank) == ("rates", task, rule, rank)
+        and (predictor_lr is None or row.predictor_lr == predictor_lr)
+    }
+    seeds = [1000 + seed for seed in range(protocol.rate_seeds)]
+    for _ in range(protocol.steps + 1):
+        lacking = [(lr, seed) for lr in grid for seed in seeds if (lr, seed) not in tried]
+        if lacking:
+            raise Waiting(
+                [
+                    Point("rates", task, rule, rank, seed, 0, lr, lr if predictor_lr is None else predictor_lr)
+                    for lr, seed in lacking
+                ]
+            )
+        means = [math.fsum(tried[lr, seed] for seed in seeds) / len(seeds) for lr in grid]
+        best = min(range(len(grid)), key=lambda place: (not math.isfinite(means[place]), means[place]))
+        if 0 < best < len(grid) - 1:
+            break
+        grid = [_rounded(grid[0] / ratio), *grid] if best == 0 else [*grid, _rounded(grid[-1] * ratio)]
+    finite = {lr: mean for lr, mean in zip(grid, means, strict=False) if math.isfinite(mean)}
+    if not finite:
+        raise ValueError(f"every learning rate of {task}, {rule}, rank {rank} diverged: lower evidence.rates")
+    return min(finite, key=lambda lr: finite[lr])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether rank matters on a task: test errors at the smallest and the largest rank of the curve.
+
+    Args:
+        low, high: mean errors at the smallest and the largest rank. spread: the pooled standard deviation over seeds.
+    """
+
+    low: float
+    high: float
+    spread: float
+
+    @property
+    def matters(self) -> bool:
+        """Whether the two lie more than three standard deviations of a seed apart."""
+        return abs(self.low - self.high) > 3 * self.spread
+
+
+def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str) -> Gate:
+    """The gate of a task, from its rank curve.
+
+    Raises:
+        ValueError: if the curve is not there.
+    """
+    ends = []
+    for rank in (min(protocol.gate), max(protocol.gate)):
+        errors = [row.test for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank)]
+        if len(errors) < 2:
+            raise ValueError(f"the gate of {task} needs at least 2 runs of rank {rank}, there are {len(errors)}")
+        mean = math.fsum(errors) / len(errors)
+        ends.append((mean, math.fsum((error - mean) ** 2 for error in errors) / (len(errors) - 1)))
+    (low, first), (high, last) = ends
+    return Gate(low, high, math.sqrt((first + last) / 2))
+
+
+def most(protocol: Protocol) -> int:
+    """How many fine-tunes the protocol needs at most where every gate opens and no grid grows."""
+    curve = 2 + len(protocol.gate)
+    tuned = 2 + len({*protocol.gate, *protocol.budgets})
+    rules = dict.fromkeys((UNIFORM, *protocol.rules))
+    compared = sum(
+        protocol.seeds_of(rule) * (protocol.permutations if rule in protocol.permuted else 1) for rule in rules
+    )
+    each = tuned * len(protocol.rates) * protocol.rate_seeds + curve * protocol.gate_seeds
+    each += compared * len(protocol.budgets)
+    if protocol.own_rates is not None:
+        each += len(protocol.rules) * (len(protocol.rates) * protocol.rate_seeds + protocol.seeds)
+    return each * len(protocol.tasks)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.6g}")

@@ -1,0 +1,269 @@
+"""Evidence: estimates against closed forms, the protocol's order, and verdicts on tables whose answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
+from orca_rank.evidence.protocol import Point, Protocol, Row, best_rate, most, pending, rank_matters
+from orca_rank.evidence.verdicts import (
+    gap_against_shuffled,
+    judge,
+    parameters_at_equal_error,
+    rank_grows_with_gap,
+    ranks_matter,
+    recommended,
+    rule_differences,
+    rules_against_uniform,
+)
+
+PROTOCOL = Protocol(
+    tasks=("near", "mid", "other", "far"), rules=("proportional", "shuffled", "inverse"), budgets=(2,), seeds=6
+)
+
+
+# estimates
+
+
+def test_paired_is_the_t_test() -> None:
+    values = [1.0, 2.0, 4.0, 7.0]
+    estimate = paired(values)
+    reference = stats.ttest_1samp(values, 0.0)
+    assert estimate.p == pytest.approx(reference.pvalue)
+    low, high = reference.confidence_interval(0.95)
+    assert estimate.interval() == pytest.approx((low, high))
+
+
+def test_one_run_has_no_interval() -> None:
+    assert paired([3.0]).interval() == (-np.inf, np.inf)
+    assert (paired([3.0]).p, paired([3.0]).p_outside(9.0)) == (1.0, 1.0)
+
+
+def test_equal_runs_are_equivalent() -> None:
+    same = paired([0.0] * 4)
+    assert same.p == 1.0 and same.p_outside(0.1) < 1e-100
+
+
+def test_tost_is_two_one_sided_tests() -> None:
+    values = np.array([0.1, -0.2, 0.4, 0.0, 0.3])
+    above = stats.ttest_1samp(values, -1.0, alternative="greater").pvalue
+    below = stats.ttest_1samp(values, 1.0, alternative="less").pvalue
+    assert paired(values).p_outside(1.0) == pytest.approx(max(above, below))
+
+
+def test_crossed_adds_what_both_factors_add() -> None:
+    seeds, permutations = np.array([-1.0, 0.0, 1.0, 2.0]), np.array([-2.0, 0.0, 2.0])
+    table = 5 + seeds[:, None] + permutations  # no rest: Var = var(seeds)/4 + var(permutations)/3
+    estimate = crossed(table)
+    assert estimate.mean == pytest.approx(table.mean())
+    assert estimate.se**2 == pytest.approx(seeds.var(ddof=1) / 4 + permutations.var(ddof=1) / 3)
+    rows = np.repeat(seeds[:, None], 3, axis=1)  # permutations that differ in nothing: the seeds alone
+    assert crossed(rows).se == pytest.approx(paired(seeds).se)
+
+
+def test_crossed_covers_the_mean_of_new_seeds_and_permutations() -> None:
+    draw = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        table = draw.normal(size=(6, 1)) + 2 * draw.normal(size=(1, 5)) + draw.normal(size=(6, 5))
+        low, high = crossed(table).interval()
+        inside += low <= 0 <= high
+    assert 0.91 < inside / 400 < 0.995
+
+
+def test_pooled_of_alike_tasks_is_their_mean_and_spreads_with_them() -> None:
+    alike = [Estimate(m, 0.5, 7, 8) for m in (1.0, 1.0, 1.0)]
+    assert pooled(alike).mean == pytest.approx(1.0)
+    assert pooled(alike).se == pytest.approx(0.5 / 3**0.5)  # no heterogeneity, and the factor is not below 1
+    apart = [Estimate(m, 1e-6, 7, 8) for m in (-3.0, 0.0, 3.0)]
+    assert pooled(apart).se == pytest.approx(np.std([-3, 0, 3], ddof=1) / 3**0.5, rel=1e-4)
+    assert pooled(apart).df == 2
+    assert pooled(alike[:1]) == alike[0]
+
+
+def test_holm_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+def test_half_widths_of_the_planned_seeds() -> None:
+    assert half_width(2.1, 8) == pytest.approx(1.756, abs=1e-3)  # t = 2.3646
+    assert half_width(2.1, 12) == pytest.approx(1.334, abs=1e-3)  # t = 2.2010
+
+
+# the protocol
+
+
+def answer(point: Point, error: float = 0.1) -> Row:
+    return Row(**{**vars(point)}, val=error, test=error, parameters=1000 * (point.rank + 1), seconds=2.0)
+
+
+def run_all(protocol: Protocol, outcome) -> list[Row]:
+    rows: list[Row] = []
+    for _ in range(100):
+        points = pending(protocol, rows)
+        if not points:
+            return rows
+        rows += [answer(point, outcome(point)) for point in points]
+    raise AssertionError("the protocol does not end")
+
+
+def world(point: Point, slope: float = 0.3, effect: float = 0.0) -> float:
+    """Error falls with rank, is least at a rate of 3e-3 and carries a seed's noise of 1 %."""
+    rate = abs(np.log(point.lr / 3e-3)) if point.rule != "frozen" else abs(np.log(point.predictor_lr / 3e-3))
+    noise = np.random.default_rng([point.seed, point.rank, len(point.rule)]).normal(scale=1e-3)
+    base = 0.1 * (1 + 0.1 * rate) * (point.rank + 1) ** -slope if point.rule != "full" else 0.04 * (1 + rate)
+    return base * (1 + (effect if point.rule == "proportional" else 0.0)) + noise * base / 0.1
+
+
+def test_the_protocol_asks_for_rates_then_the_gate_then_the_rules() -> None:
+    first = pending(PROTOCOL, [])
+    assert {(p.part, p.rule) for p in first} == {("rates", "frozen")}
+    assert {p.lr for p in first} == set(PROTOCOL.rates) and all(p.lr == p.predictor_lr for p in first)
+    rows = [answer(p, world(p)) for p in first]
+    second = pending(PROTOCOL, rows)
+    assert {p.part for p in second} == {"rates", "gate"}  # the frozen body's runs of the gate need no other rate
+    assert {p.predictor_lr for p in second} == {3e-3}
+    rows = run_all(PROTOCOL, world)
+    parts = {part: [row for row in rows if row.part == part] for part in ("rates", "gate", "rules")}
+    assert len(parts["gate"]) == 4 * 5 * 3
+    # three permutations of six seeds more than the other two rules and uniform
+    assert len(parts["rules"]) == 4 * 6 * (3 + PROTOCOL.permutations)
+    assert len(rows) == most(PROTOCOL)
+    assert {row.seed for row in parts["rates"]}.isdisjoint({row.seed for row in parts["gate"] + parts["rules"]})
+
+
+def test_an_interrupted_protocol_asks_for_the_rest_only() -> None:
+    rows = run_all(PROTOCOL, world)
+    kept = rows[: len(rows) // 2]
+    again = pending(PROTOCOL, kept)
+    assert again and not {row.point for row in kept} & set(again)
+    assert sorted(map(str, run_all(PROTOCOL, world))) == sorted(map(str, rows))
+
+
+def test_a_grid_grows_while_its_edge_wins() -> None:
+    protocol = replace(PROTOCOL, steps=4)
+
+    def steep(point: Point) -> float:
+        return abs(np.log(point.lr / 8e-2))
+
+    rows: list[Row] = []
+    for _ in range(10):
+        try:
+            points = [p for p in pending(protocol, rows) if p.rule == "frozen" and p.part == "rates"]
+        except ValueError:
+            break
+        rows += [answer(p, steep(p)) for p in points]
+    assert best_rate(protocol, rows, "far", "frozen", 0, None) == 9e-2  # 0.01 × 3 × 3, the nearest to 0.08
+
+
+def test_rules_are_not_compared_where_rank_does_not_matter() -> None:
+    rows = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
+    assert not [row for row in rows if row.part == "rules"]
+    assert not rank_matters(PROTOCOL, rows, "far").matters
+    assert {claim.verdict for claim in ranks_matter(PROTOCOL, rows)} == {"undecided"}
+
+
+def test_options_out_of_range_are_named() -> None:
+    for options, name in (({"seeds": 1}, "seeds"), ({"rates": (1e-3,)}, "rates"), ({"gate": (0, 4)}, "gate")):
+        with pytest.raises(ValueError, match=f"evidence.{name}"):
+            replace(PROTOCOL, **options)
+    with pytest.raises(ValueError, match=r"evidence\.many.*nothing"):
+        replace(PROTOCOL, many={"nothing": 3})
+
+
+def test_rows_come_back_from_their_lines() -> None:
+    row = run_all(PROTOCOL, world)[-1]
+    assert Row.from_dict({name: str(value) for name, value in row.to_dict().items()}) == row
+    with pytest.raises(ValueError, match="not a row"):
+        Row.from_dict({"part": "gate"})
+
+
+# verdicts
+
+
+def test_a_planted_effect_is_found_and_its_absence_too() -> None:
+    better = run_all(replace(PROTOCOL, seeds=8), lambda point: world(point, effect=-0.08))
+    claims = {claim.claim: claim for claim in rules_against_uniform(better, PROTOCOL.tasks, 2)}
+    found = claims["proportional beats uniform at the parameters of r = 2, over 4 tasks"]
+    assert found.verdict == "supported" and found.low < -8 < found.high
+    assert claims["inverse beats uniform at the parameters of r = 2, over 4 tasks"].verdict in (
+        "equivalent",
+        "undecided",
+    )
+    (gap,) = gap_against_shuffled(better, PROTOCOL.tasks, 2)
+    assert gap.verdict == "supported" and gap.low < -8 < gap.high
+    (fewer,) = parameters_at_equal_error(PROTOCOL, better, PROTOCOL.tasks, 2, "proportional")
+    assert fewer.verdict == "supported" and fewer.unit == "% of the parameters"
+    (alone, *_) = rules_against_uniform(better, ("far",), 2)
+    assert alone.claim.endswith("on far") and alone.verdict == "supported"
+    worse = run_all(PROTOCOL, lambda point: world(point, effect=0.08))
+    assert rules_against_uniform(worse, PROTOCOL.tasks, 2)[0].verdict == "refuted"
+
+
+def test_equal_rules_are_equivalent_and_noise_is_undecided() -> None:
+    def same(point: Point, noise: float) -> float:
+        draw = np.random.default_rng([point.seed, point.permutation, *map(ord, point.rule + point.task)])
+        return world(replace(point, rule="uniform") if point.part == "rules" else point) * (1 + noise * draw.normal())
+
+    quiet = run_all(PROTOCOL, lambda point: same(point, 1e-3))
+    assert {claim.verdict for claim in rules_against_uniform(quiet, PROTOCOL.tasks, 2)} == {"equivalent"}
+    loud = run_all(PROTOCOL, lambda point: same(point, 0.1 if point.part == "rules" else 1e-3))
+    assert "equivalent" not in {claim.verdict for claim in rules_against_uniform(loud, PROTOCOL.tasks, 2)}
+
+
+@pytest.mark.parametrize(
+    ("mean", "se", "verdict"),
+    [(-5, 1, "supported"), (5, 1, "refuted"), (0.1, 0.3, "equivalent"), (-1, 0.2, "equivalent"), (-2, 2, "undecided")],
+)
+def test_judgement(mean: float, se: float, verdict: str) -> None:
+    estimate = Estimate(mean, se, 7, 8)
+    assert judge(estimate, estimate.p, estimate.p_outside(2.0)) == verdict
+
+
+def test_differences_pair_by_seed_and_leave_out_what_has_no_pair() -> None:
+    base = Point("rules", "far", "uniform", 2, 0, 0, 1e-3, 1e-3)
+    uniform = {0: 0.10, 1: 0.20, 2: 0.30}
+    other = {0: 0.11, 1: 0.21, 5: 0.90}
+    rows = [answer(replace(base, seed=seed), error) for seed, error in uniform.items()]
+    rows += [answer(replace(base, rule="inverse", seed=seed), error) for seed, error in other.items()]
+    estimate = rule_differences(rows, "far", 2, "inverse")
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(100 * 0.01 / 0.2) and estimate.runs == 2
+    assert rule_differences(rows, "near", 2, "inverse") is None
+
+
+def test_rank_against_gap_over_tasks() -> None:
+    tasks = tuple("abcde")
+    protocol = Protocol(tasks=tasks, rules=("inverse",), gate=(1, 2, 4, 8, 16))
+
+    def curve(best: dict[str, int]) -> list[Row]:
+        return [
+            answer(
+                Point("gate", task, "uniform", rank, seed, 0, 1e-3, 1e-3),
+                0.1 + 0.01 * abs(np.log2(rank / best[task])) + 1e-4 * seed,
+            )
+            for task in tasks
+            for rank in protocol.gate
+            for seed in range(2)
+        ]
+
+    gaps = dict(zip(tasks, (0.1, 0.5, 1.0, 2.0, 4.0), strict=True))
+    rising, falling = dict(zip(tasks, protocol.gate, strict=True)), dict(zip(tasks, protocol.gate[::-1], strict=True))
+    (up,) = rank_grows_with_gap(protocol, curve(rising), gaps)
+    assert (up.verdict, up.estimate) == ("supported", pytest.approx(1.0)) and up.p == pytest.approx(1 / 120)
+    assert rank_grows_with_gap(protocol, curve(falling), gaps)[0].verdict == "refuted"
+    assert rank_grows_with_gap(protocol, curve(dict.fromkeys(tasks, 4)), gaps)[0].verdict == "undecided"
+    few = replace(protocol, tasks=tasks[:3])
+    assert rank_grows_with_gap(few, curve(rising), gaps)[0].verdict == "undecided"  # 1/3! is no evidence
+
+
+def test_the_recommendation_is_the_smallest_rank_that_does() -> None:
+    rows = run_all(PROTOCOL, world)
+    text = recommended(PROTOCOL, rows, "far")
+    assert text.startswith("far: rank matters") and "rank.r=16" in text and "17,000 trained" in text
+    flat = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
+    assert "hardly matters" in recommended(PROTOCOL, flat, "far") and "rank.r=1 " in recommended(PROTOCOL, flat, "far")
