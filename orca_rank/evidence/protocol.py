@@ -1,8 +1,8 @@
 """What to run: an adaptive list of fine-tunes, worked out anew from the rows that are there, so that it may stop.
 
 The scale of every adapter is constant over ranks, layers and rules, so that a plan differs from another in its ranks
-alone (under α/r a layer's rank would also be its learning rate). Rates are chosen on validation with seeds of their own;
-what is compared runs at one rate for a task and budget.
+alone (under α/r a layer's rank would also be its learning rate). Rates are chosen on validation, with seeds of their
+own; what is compared runs at one rate for a task and budget.
 """
 
 from __future__ import annotations
