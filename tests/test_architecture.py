@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
     ("build", "artifacts", "task", "weights"),
-    ("distances", "predictors"),
+    ("distances", "predictors", "evidence"),
     ("measuring",),
     ("ranks",),
     ("adapters",),
