@@ -189,3 +189,31 @@ def test_posterior_rule(tmp_path):
         ranks.posterior(layers, losses={"a": flat})
     with pytest.raises(ValueError, match=r"rank\.losses"):
         ranks.posterior(layers)
+
+
+def test_trained_keeps_what_one_threshold_leaves(tmp_path):
+    layers = [Layer("a", 32, 32), Layer("b", 32, 32), Layer("c", 16, 16)]
+    spectra = {"a": [5.0, 4.0, 0.1], "b": [3.0, 0.2], "c": [3.5, 2.0]}
+    matrices = {name: np.zeros((64 // 2 if name != "c" else 16,) * 2, dtype=np.float32) for name in spectra}
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))[0].astype(np.float32)
+    for name, values in spectra.items():
+        np.fill_diagonal(matrices[name], [*values, *[0.0] * (len(matrices[name]) - len(values))])
+    matrices["a"] = turn @ matrices["a"] @ turn.T  # the singular values alone count
+    save_file(matrices, tmp_path / "update.safetensors")
+    for update in (matrices, tmp_path / "update.safetensors"):
+        # worth per parameter: a .39, .25, b .14, c .38, .125
+        assert ranks.trained(layers, Budget(parameters=64 + 32), update=update).ranks == {"a": 1, "b": 0, "c": 1}
+        assert ranks.trained(layers, Budget(parameters=3 * 64 + 64), update=update).ranks == {"a": 2, "b": 1, "c": 2}
+    with pytest.raises(ValueError, match=r"rank\.update"):
+        ranks.trained(layers, Budget(total_rank=3))
+    with pytest.raises(ValueError, match="nothing for c"):
+        ranks.trained(layers, Budget(total_rank=3), update={"a": matrices["a"], "b": matrices["b"]})
+
+
+def test_only_spends_the_budget_where_it_is_told():
+    layers = [Layer("blocks.0.attn.qkv", 8, 8), Layer("blocks.0.mlp.fc1", 8, 24), Layer("blocks.1.mlp.fc1", 8, 24)]
+    plan = ranks.only(layers, Budget(parameters=3 * 64), pattern=r"mlp\.")
+    assert plan.ranks == {"blocks.0.attn.qkv": 0, "blocks.0.mlp.fc1": 3, "blocks.1.mlp.fc1": 3}
+    for pattern, match in ((None, "rank.pattern"), ("(", "no|not a regular"), ("head", "matches none")):
+        with pytest.raises(ValueError, match=match):
+            ranks.only(layers, Budget(total_rank=3), pattern=pattern)

@@ -1,6 +1,7 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
 from orca_rank.measuring.records import Layer
+from orca_rank.ranks.controls import only
 from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.posterior import posterior
@@ -18,6 +19,7 @@ from orca_rank.ranks.rules import (
 )
 from orca_rank.ranks.spectral import activation, gradient, ot_map
 from orca_rank.ranks.theory import theory
+from orca_rank.ranks.trained import trained
 
 __all__ = [
     "RULES",
@@ -35,12 +37,14 @@ __all__ = [
     "ibp_count",
     "ibp_stick",
     "importance",
+    "only",
     "ot_map",
     "posterior",
     "proportional",
     "shuffled",
     "stable_rank",
     "theory",
+    "trained",
     "uniform",
 ]
 

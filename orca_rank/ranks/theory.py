@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from orca_rank.measuring.records import LayerLike, as_layers
+from orca_rank.measuring.records import Layer, LayerLike, as_layers
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.rules import uniform
 
@@ -48,18 +49,8 @@ def theory(
     options: dict[str, Any] = {"tolerance": tolerance}
     if isinstance(update, str | Path):
         options["update"] = str(update)
-        if not Path(update).is_file():
-            raise FileNotFoundError(f"no file of updates at {update}: set rank.update")
-        update = load_file(update)
-    if isinstance(update, Mapping):
-        shapes = {layer.name: (layer.d_out, layer.d_in) for layer in records}
-        if missing := [name for name in shapes if name not in update]:
-            raise ValueError(f"the update has nothing for {missing[0]} and {len(missing) - 1} more layers")
-        if unknown := [name for name in update if name not in shapes]:
-            raise ValueError(f"the update names {unknown[0]!r}, which is none of the layers {list(shapes)[:4]}, ...")
-        wanted = {
-            name: numerical_rank(_fitting(update[name], shape, name), tolerance) for name, shape in shapes.items()
-        }
+    if isinstance(update, Mapping | str | Path):
+        wanted = {name: numerical_rank(matrix, tolerance) for name, matrix in updates(records, update).items()}
     else:
         whole = _fitting(update, (records[-1].d_out, records[0].d_in), "the chain of all layers")
         rank = chain_rank(numerical_rank(whole, tolerance), len(records))
@@ -71,6 +62,29 @@ def theory(
         top = uniform(records, budget).ranks
     ranks = {name: max(low[name], min(rank, top[name])) for name, rank in wanted.items()}
     return RankPlan(ranks, "theory", budget, options)
+
+
+def updates(layers: Sequence[Layer], update: Mapping[str, ArrayLike] | str | Path) -> dict[str, Matrix]:
+    """layer -> its ΔW (d_out, d_in), of exactly these layers, from a mapping or a safetensors file.
+
+    Raises:
+        FileNotFoundError: if the file is not there. ValueError: if it is damaged, or of other layers or shapes.
+    """
+    if not isinstance(update, Mapping):
+        if not Path(update).is_file():
+            raise FileNotFoundError(
+                f"no file of updates at {update}: set rank.update=<finetune folder>/update.safetensors"
+            )
+        try:
+            update = load_file(update)
+        except SafetensorError as error:
+            raise ValueError(f"{update} is no safetensors file of updates: {error}") from error
+    names = {layer.name for layer in layers}
+    if missing := [layer.name for layer in layers if layer.name not in update]:
+        raise ValueError(f"the update has nothing for {missing[0]} and {len(missing) - 1} more layers")
+    if unknown := [name for name in update if name not in names]:
+        raise ValueError(f"the update names {unknown[0]!r}, which is none of the layers {sorted(names)[:4]}, ...")
+    return {layer.name: _fitting(update[layer.name], (layer.d_out, layer.d_in), layer.name) for layer in layers}
 
 
 def _fitting(update: ArrayLike, shape: tuple[int, int], what: str) -> np.ndarray:

@@ -1,0 +1,36 @@
+"""Rules that ignore every measurement: what a measured plan has to beat, and what a comparison must notice."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from orca_rank.measuring.records import LayerLike, as_layers
+from orca_rank.ranks.allocate import share
+from orca_rank.ranks.plan import Budget, RankPlan
+from orca_rank.ranks.rules import need_budget
+
+
+def only(layers: Sequence[LayerLike], budget: Budget | None = None, *, pattern: str | None = None) -> RankPlan:
+    """The same rank in every layer whose name matches, 0 (or the budget's r_min) in all others.
+
+    Args:
+        pattern: regular expression, searched in the layers' names, e.g. `mlp\\.` or `^layers\\.3\\.`.
+
+    Raises:
+        ValueError: without a pattern, or for one that is no expression or matches no layer.
+    """
+    records = as_layers(layers)
+    limit = need_budget(budget, "only")
+    if pattern is None:
+        raise ValueError("rank=only needs the layers it is for: set rank.pattern=<regular expression>")
+    try:
+        chosen = np.array([re.search(pattern, layer.name) is not None for layer in records], dtype=float)
+    except re.error as error:
+        raise ValueError(f"rank.pattern is not a regular expression: {pattern!r} ({error})") from error
+    if not chosen.any():
+        names = ", ".join(layer.name for layer in records[:4])
+        raise ValueError(f"rank.pattern={pattern!r} matches none of the {len(records)} layers, for example {names}")
+    return RankPlan(share(records, limit, chosen), "only", limit, {"pattern": pattern})
