@@ -46,11 +46,10 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     metrics = read_json(folder / "metrics.json", "stage=finetune")
     config = metrics["config"]
     tensors = read_tensors(folder / "model.safetensors", "stage=finetune")
-    shape = metrics["task"]
     normaliser = None
     if "normaliser.mean" in tensors:
         normaliser = Normaliser(tensors.pop("normaliser.mean"), tensors.pop("normaliser.std"))
-    task = Task(shape["kind"], tuple(shape["input_shape"]), tuple(shape["output_shape"]), normaliser)
+    task = Task.from_dict(metrics["task"], normaliser)
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])  # where the backbone's weights were random, they are drawn again
         model = create_model(metrics["backbone"]["config"], task, config["embedder"]["init"])

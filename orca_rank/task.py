@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,24 @@ class Task:
         if len(self.output_shape) != ranks[self.kind]:
             expected = "(classes,)" if self.kind == "classification" else "(c, H, W)"
             raise ValueError(f"a {self.kind} task needs output_shape {expected}, received {self.output_shape}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a file; the normaliser's tensors are written beside them."""
+        return {"kind": self.kind, "input_shape": list(self.input_shape), "output_shape": list(self.output_shape)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], normaliser: Normaliser | None = None) -> Task:
+        """What `to_dict` wrote.
+
+        Raises:
+            ValueError: if the values are not those of a task.
+        """
+        try:
+            channels, height, width = (int(length) for length in values["input_shape"])
+            output_shape = tuple(int(length) for length in values["output_shape"])
+            return cls(str(values["kind"]), (channels, height, width), output_shape, normaliser)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the description of a task ({error}): {dict(values)}") from error
 
     @property
     def metric_name(self) -> str:

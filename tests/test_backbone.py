@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,11 @@ def test_task_losses_and_metrics() -> None:
     torch.testing.assert_close(task.loss(normaliser.encode(2 * u), u), torch.tensor(1.0))
     scores = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     assert CLASSES.metric(scores, torch.tensor([0, 0])).tolist() == [0.0, 1.0]
+
+
+def test_a_task_comes_back_from_its_file():
+    task = Task("dense", (3, 8, 9), (1, 8, 9))
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    for values in ({}, {**task.to_dict(), "input_shape": [3, 8]}, {**task.to_dict(), "kind": "segmentation"}):
+        with pytest.raises(ValueError, match="not the description of a task"):
+            Task.from_dict(values)

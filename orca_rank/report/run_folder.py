@@ -31,8 +31,7 @@ class Tune:
 
     @property
     def task(self) -> Task:
-        shape = self.metrics["task"]
-        return Task(shape["kind"], tuple(shape["input_shape"]), tuple(shape["output_shape"]))
+        return Task.from_dict(self.metrics["task"])
 
     @property
     def metric(self) -> str:

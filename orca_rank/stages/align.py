@@ -22,6 +22,7 @@ from orca_rank.stages.setup import (
     close_logger,
     contents,
     device_of,
+    ready,
     resolve_backbone,
     source_side,
     stage_folder,
@@ -33,7 +34,6 @@ from orca_rank.training.features import (
     embed,
     limited,
     plain_loader,
-    prepared,
     targets,
 )
 from orca_rank.training.held_out import Distances, compare, sentence
@@ -60,7 +60,7 @@ def run(config: DictConfig) -> None:
         return
 
     L.seed_everything(config.seed, verbose=False)
-    data = prepared(config.data)
+    data = ready(config.data)
     torch.manual_seed(config.seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
     device = device_of(config)
@@ -171,7 +171,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     )
     path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
     if not path.exists():
-        loader = plain_loader(prepared(config.source), "train", 64)
+        loader = plain_loader(ready(config.source), "train", 64)
         features, y = embed(embedder, loader, int(options.source_samples), device)
         tokens = features.new_zeros(0, 1, features.shape[1])
         if pool:

@@ -27,6 +27,7 @@ from orca_rank.stages.setup import (
     build_model,
     close_logger,
     contents,
+    ready,
     resolve_backbone,
     stage_folder,
 )
@@ -64,9 +65,7 @@ def run(config: DictConfig) -> None:
         return
 
     L.seed_everything(config.seed, verbose=False)
-    data = build(config.data)
-    data.prepare_data()
-    data.setup("fit")
+    data = ready(config.data)
     task: Task = data.task
     model = build_model(config, task)
     backbone = {"config": resolve_backbone(config), "hash": weights_hash(model.body)}
@@ -115,7 +114,7 @@ def run(config: DictConfig) -> None:
         "seconds": seconds,
         "epochs": trainer.current_epoch,
         "metric": task.metric_name,
-        "task": {"kind": task.kind, "input_shape": task.input_shape, "output_shape": task.output_shape},
+        "task": task.to_dict(),
         "backbone": backbone,
         "adapter_module": _rebuilt(adapter) if adapter is not None else None,
     }

@@ -41,6 +41,7 @@ from orca_rank.stages.setup import (
     contents,
     device_of,
     outline,
+    ready,
     resolve_backbone,
     source_side,
     stage_folder,
@@ -164,10 +165,7 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
 
 def _ready(config: DictConfig, node: DictConfig) -> L.LightningDataModule:
     resized = "batch_size" in node and config.gap.batch_size is not None
-    data = build(node, **({"batch_size": config.gap.batch_size} if resized else {}))
-    data.prepare_data()
-    data.setup("fit")
-    return data
+    return ready(node, **({"batch_size": config.gap.batch_size} if resized else {}))
 
 
 def _watched(model: OrcaModel, modules: Mapping[str, str]) -> dict[str, torch.nn.Module]:

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
 from orca_rank.artifacts.provenance import differences, plain
-from orca_rank.build import build
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import load
@@ -24,7 +23,7 @@ from orca_rank.report import sections
 from orca_rank.report.figures import gallery_figure, words
 from orca_rank.report.page import Page, cell
 from orca_rank.report.run_folder import RunFolder, Tune, made_by, read_run, summary
-from orca_rank.stages.setup import stage_folder
+from orca_rank.stages.setup import ready, stage_folder
 
 console = Console()
 _SAMPLES = 4
@@ -88,13 +87,10 @@ def _test_data(config: DictConfig, tune: Tune) -> L.LightningDataModule | None:
     now = plain(config.data)
     node |= {name: now[name] for name in ("root", "cache") if name in node and name in now}
     try:
-        data = build(node)
-        data.prepare_data()
-        data.setup("test")
+        return ready(node, "test")
     except (ValueError, OSError) as error:
         console.print(f"no gallery of predictions: {error}", soft_wrap=True)
         return None
-    return data
 
 
 def _baselines(config: DictConfig, path: Path, data: Darcy) -> dict[str, float]:

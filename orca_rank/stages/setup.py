@@ -94,15 +94,25 @@ def outline(data: L.LightningDataModule) -> Task:
     return getattr(data, "outline", None) or data.task
 
 
+def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: Any) -> L.LightningDataModule:
+    """A data module built from its config and set up for "fit" or "test": its loaders can be asked for.
+
+    Args:
+        node: a data config with a `_target_`. options: instead of, or beside, those in the config.
+    """
+    data = build(node, **options)
+    data.prepare_data()
+    data.setup(part)
+    return data
+
+
 def data_for(config: DictConfig, task: Task, stage: str) -> L.LightningDataModule:
     """The run's data, set up for "fit" or "test", for a model that was fine-tuned for `task`.
 
     Raises:
         ValueError: if the data are of another task.
     """
-    data = build(config.data)
-    data.prepare_data()
-    data.setup(stage)
+    data = ready(config.data, stage)
     if (data.task.kind, data.task.output_shape) != (task.kind, task.output_shape):
         raise ValueError(
             f"the model was fine-tuned for {task.kind} {task.output_shape}, the data are "

@@ -9,12 +9,9 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from omegaconf import DictConfig
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-
-from orca_rank.build import build
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
 
@@ -58,14 +55,6 @@ class Labeller:
     @staticmethod
     def _flat(y: Tensor) -> Float[np.ndarray, "n k"]:
         return y.flatten(1).double().numpy()
-
-
-def prepared(node: DictConfig) -> L.LightningDataModule:
-    """A data module, ready for its training and validation loaders."""
-    data = build(node)
-    data.prepare_data()
-    data.setup("fit")
-    return data
 
 
 def plain_loader(data: L.LightningDataModule, part: str, batch_size: int) -> DataLoader:
