@@ -108,13 +108,10 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
 
-        def head(tokens: torch.Tensor) -> torch.Tensor:
-            return model.predictor(model.body(tokens))
-
         found = {}
         with Peak() as peak:
             passes = timed(lambda: found.update(collect_gradients(
-                model.embedder, head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
+                model.embedder, model.head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
             spectra = timed(lambda: [found[modules[layer.name]].spectrum() for layer in layers])
         print(
             f"{count} images, forward + backward {plain:.1f} s; gradient pass {passes:.1f} s, spectra {spectra:.1f} s"

@@ -10,7 +10,7 @@ import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from orca_rank.predictors.linear import ClassPredictor
-from orca_rank.predictors.orca import DensePredictor
+from orca_rank.predictors import Stages
+from orca_rank.predictors.orca import orca
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
 
@@ -40,20 +41,23 @@ class Embedder(nn.Module):
         ValueError: for another `init`.
     """
 
-    def __init__(self, patch_embed: nn.Module, in_channels: int, init: str) -> None:
+    def __init__(self, patch_embed: PatchEmbed, in_channels: int, init: str) -> None:
         super().__init__()
         if init not in ("pretrained", "random"):
             raise ValueError(f"embedder.init must be 'pretrained' or 'random', received {init!r}")
-        old: nn.Conv2d = patch_embed.proj
-        self.image_size: tuple[int, int] = tuple(patch_embed.img_size)
+        old = patch_embed.proj
+        self.image_size = _pair(patch_embed.img_size)
+        self.grid = _pair(patch_embed.grid_size)  # tokens (h, w)
         self.flatten = bool(patch_embed.flatten)
-        self.proj = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+        self.proj = nn.Conv2d(
+            in_channels, old.out_channels, _pair(old.kernel_size), _pair(old.stride), bias=old.bias is not None
+        )
         self.norm = copy.deepcopy(patch_embed.norm)
         with torch.no_grad():
             if init == "pretrained":
                 copies = -(-in_channels // old.in_channels)
                 self.proj.weight.copy_(old.weight.repeat(1, copies, 1, 1)[:, :in_channels])
-                if old.bias is not None:
+                if self.proj.bias is not None and old.bias is not None:
                     self.proj.bias.copy_(old.bias)
             else:
                 nn.init.trunc_normal_(self.proj.weight, std=0.02)
@@ -75,14 +79,47 @@ class Embedder(nn.Module):
 
 
 class OrcaModel(nn.Module):
-    """predictor(body(embedder(x))); x (B, C, H, W), the output as the task asks."""
+    """predictor(body(embedder(x))); x (B, C, H, W), the output as the task asks.
+
+    What a predictor receives is said in `orca_rank.predictors`.
+    """
 
     def __init__(self, embedder: nn.Module, body: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
         self.embedder, self.body, self.predictor = embedder, body, predictor
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
-        return self.predictor(self.body(self.embedder(x)))
+        return self.head(self.embedder(x))
+
+    def head(self, tokens: Float[Tensor, "b ... d"]) -> Tensor:
+        """The output from the embedder's tokens."""
+        reads = getattr(self.predictor, "reads", None)
+        return self.predictor(self.body(tokens) if reads is None else self.maps(tokens, reads))
+
+    def maps(self, tokens: Float[Tensor, "b ... d"], reads: Sequence[int]) -> list[Float[Tensor, "b _h _w _d"]]:
+        """Feature maps of the stages `reads`. Hooks that last for this call catch those before the last, so the body
+        keeps its names, its adapters and its own forward pass."""
+        names = [info["module"] for info in _feature_info(self.body)]
+        found: dict[int, Tensor] = {}
+        wanted = {i % len(names) for i in reads} - {len(names) - 1}
+        handles = [
+            self.body.get_submodule(names[i]).register_forward_hook(lambda _, args, x, i=i: found.update({i: x}))
+            for i in wanted
+        ]
+        try:
+            found[len(names) - 1] = self.body(tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [self._placed(found[i % len(names)]) for i in reads]
+
+    def _placed(self, x: Float[Tensor, "b ... d"]) -> Float[Tensor, "b h w d"]:
+        """A ViT's tokens at their places, those that stand for no place (the first) left out."""
+        if x.ndim == 4:
+            return x
+        grid: Any = self.embedder.grid
+        h, w = grid
+        return x[:, x.shape[1] - h * w :].unflatten(1, (h, w))  # (B, N, d) -> (B, h, w, d)
 
 
 def create_timm(backbone: Mapping[str, Any]) -> nn.Module:
@@ -107,11 +144,43 @@ def create_timm(backbone: Mapping[str, Any]) -> nn.Module:
             model = _from_hub(name, options)
     except TypeError as error:
         raise ValueError(f"timm's {name} does not take these backbone.options: {options} ({error})") from error
-    if not hasattr(model, "patch_embed") or not isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d):
-        raise ValueError(f"{name} has no convolutional patch_embed: choose a Swin or a ViT for backbone.name")
+    patch_embedding(model, name)
     if isinstance(source, str):
         load_weights(model, Path(source))
     return model
+
+
+def patch_embedding(body: nn.Module, name: str = "this body") -> PatchEmbed:
+    """The patch embedding of a timm model.
+
+    Raises:
+        ValueError: it has none that this program can replace by one for other channels.
+    """
+    found = getattr(body, "patch_embed", None)
+    if not isinstance(found, PatchEmbed):
+        raise ValueError(
+            f"{name} has no plain convolutional patch_embed: choose a Swin, SwinV2, ViT, DeiT-3, BEiT or EVA-02 for "
+            f"backbone.name"
+        )
+    return found
+
+
+def stages_of(body: nn.Module) -> Stages:
+    """The stages of a timm model that still has its patch embedding."""
+    info = _feature_info(body)
+    widths, reductions = (tuple(int(stage[key]) for stage in info) for key in ("num_chs", "reduction"))
+    return Stages(widths, reductions, _pair(patch_embedding(body).img_size))
+
+
+def _feature_info(body: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """timm's list of the stages of a hierarchy, or the blocks of a ViT: module, num_chs, reduction."""
+    info: Any = body.feature_info
+    return info
+
+
+def _pair(sizes: Sequence[int] | None) -> tuple[int, int]:
+    height, width = sizes or ()
+    return int(height), int(width)
 
 
 def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
@@ -173,29 +242,30 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def create_model(backbone: Mapping[str, Any], task: Task, embedder_init: str = "pretrained") -> OrcaModel:
+def create_model(
+    backbone: Mapping[str, Any],
+    task: Task,
+    embedder_init: str = "pretrained",
+    predictor: Callable[[Stages, tuple[int, ...]], nn.Module] = orca,
+) -> OrcaModel:
     """Embedder for the task's channels, pretrained body, freshly initialised predictor.
 
     Args:
         backbone: the backbone config (see `create_timm`). task: the target. embedder_init: see `Embedder`.
+        predictor: makes the predictor, see `orca_rank.predictors`.
     """
     body = create_timm(backbone)
-    embedder = Embedder(body.patch_embed, task.input_shape[0], embedder_init)
-    prefix = int(getattr(body, "num_prefix_tokens", 0))
-    width = int(body.num_features)
-    predictor: nn.Module
-    if task.kind == "classification":
-        predictor = ClassPredictor(width, task.output_shape[0], prefix)
-    else:
-        predictor = DensePredictor(width, int(body.feature_info[-1]["reduction"]), task.output_shape, prefix)
+    embedder = Embedder(patch_embedding(body), task.input_shape[0], embedder_init)
+    head = predictor(stages_of(body), task.output_shape)
     body.patch_embed = nn.Identity()
-    return OrcaModel(embedder, body, predictor)
+    return OrcaModel(embedder, body, head)
 
 
 def source_model(backbone: Mapping[str, Any]) -> OrcaModel:
     """The pretrained patch embedding and body, frozen and in eval mode: what source data pass through."""
     body = create_timm(backbone)
-    embedder = Embedder(body.patch_embed, body.patch_embed.proj.in_channels, "pretrained")
+    patch_embed = patch_embedding(body)
+    embedder = Embedder(patch_embed, patch_embed.proj.in_channels, "pretrained")
     body.patch_embed = nn.Identity()
     return OrcaModel(embedder, body, nn.Identity()).requires_grad_(False).eval()
 

@@ -12,6 +12,7 @@ from orca_rank.adapters import adapter_state_dict, inject
 from orca_rank.artifacts.files import read_json, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build
+from orca_rank.predictors.orca import orca
 from orca_rank.ranks import RankPlan
 from orca_rank.task import Normaliser, Task
 
@@ -52,7 +53,9 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     task = Task.from_dict(metrics["task"], normaliser)
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])  # where the backbone's weights were random, they are drawn again
-        model = create_model(metrics["backbone"]["config"], task, config["embedder"]["init"])
+        # runs from before predictors could be chosen have ORCA's
+        predictor = build(config["predictor"]["module"]) if "module" in config["predictor"] else orca
+        model = create_model(metrics["backbone"]["config"], task, config["embedder"]["init"], predictor)
     if weights_hash(model.body) != metrics["backbone"]["hash"]:
         raise ValueError(
             f"the backbone's weights are not those that {folder} was fine-tuned from: its config reads "

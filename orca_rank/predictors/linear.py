@@ -1,23 +1,35 @@
-"""Token mean and one linear map: the predictor for classes."""
+"""Token mean and one linear map: ORCA's predictor for classes (arXiv 2302.05738, section 3)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from orca_rank.predictors import Stages
 
-class ClassPredictor(nn.Module):
-    """Token mean → Linear.
+
+class TokenMean(nn.Module):
+    """y = W mean_j(x_j) + b over the tokens j of the last stage.
 
     Args:
-        width: features d of the body. classes: outputs. prefix: class and register tokens to leave out of the mean.
+        stages: of the body. output_shape: (classes,).
+
+    Raises:
+        ValueError: for a field.
     """
 
-    def __init__(self, width: int, classes: int, prefix: int = 0) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.fc = nn.Linear(width, classes)
+    reads = (-1,)
 
-    def forward(self, features: Float[Tensor, "b ... d"]) -> Float[Tensor, "b classes"]:
-        tokens = features.flatten(1, -2)[:, self.prefix :]  # (B, ..., d) -> (B, N, d)
-        return self.fc(tokens.mean(1))
+    def __init__(self, stages: Stages, output_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(output_shape) != 1:
+            raise ValueError(
+                f"this predictor is for classes, the task asks for a field {output_shape}: set predictor=multiscale "
+                f"or predictor=orca"
+            )
+        self.fc = nn.Linear(stages.widths[-1], output_shape[0])
+
+    def forward(self, maps: Sequence[Float[Tensor, "b h w d"]]) -> Float[Tensor, "b classes"]:
+        return self.fc(maps[0].mean((1, 2)))  # (B, h, w, d) -> (B, d) -> (B, classes)

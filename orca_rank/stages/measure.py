@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from orca_rank.artifacts.files import file_hash, read_json, write_json, write_tensors
-from orca_rank.artifacts.provenance import finished, select
+from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
@@ -65,6 +65,8 @@ def run(config: DictConfig) -> None:
     made_from["contents"] = contents(
         config, "data", "source", *(f"measure.compare.{name}" for name in config.measure.compare)
     )
+    if any(config.gap.measurements[name] for name in ("gradient", "importance", "fisher")):
+        made_from["predictor"] = plain(config.predictor.module)  # gradients pass through it
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
     if finished(path, made_from, force=config.force, made_by="stage=measure"):
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
@@ -214,7 +216,7 @@ def _gradients(
     loader, samples = _images(config, data)
     return collect_gradients(
         model.embedder,
-        lambda tokens: model.predictor(model.body(tokens)),
+        model.head,
         data.task.loss,
         _watched(model, modules),
         loader,

@@ -46,7 +46,7 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
         FileNotFoundError: embedder.aligned without a finished stage=align. ValueError: an embedder of another shape.
     """
     torch.manual_seed(config.seed)
-    model = create_model(resolve_backbone(config), task, config.embedder.init)
+    model = create_model(resolve_backbone(config), task, config.embedder.init, build(config.predictor.module))
     if config.embedder.aligned:
         path = aligned_embedder(config)
         if not path.exists():
@@ -135,7 +135,9 @@ def aligned_embedder(config: DictConfig) -> Path:
 def bare_model(config: DictConfig, task: Task) -> OrcaModel:
     """The architecture alone, on the meta device: no weights are read, drawn or stored."""
     with torch.device("meta"):
-        return create_model({**plain(config.backbone), "pretrained": False}, task, config.embedder.init)
+        return create_model(
+            {**plain(config.backbone), "pretrained": False}, task, config.embedder.init, build(config.predictor.module)
+        )
 
 
 def close_logger(trainer: L.Trainer) -> None:
