@@ -15,7 +15,6 @@ import sys
 import time
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
@@ -27,6 +26,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from orca_rank.adapters import LoRA, inject
+from orca_rank.ranks import RankPlan
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 # name: (model, batch, rank, checkpoint our blocks, (time, memory) to reach)
@@ -46,7 +46,7 @@ def build(name: str) -> nn.Module:
 def ours(name: str, rank: int, memory: str, checkpoint: bool) -> nn.Module:
     model = build(name)
     ranks = {path: rank for path, m in model.named_modules() if path.endswith(TARGETS) and isinstance(m, nn.Linear)}
-    plan = SimpleNamespace(ranks=ranks, allow_above_full=True)
+    plan = RankPlan(ranks, allow_above_full=True)
     inject(model, plan, partial(LoRA, alpha=16), memory=memory)
     model.set_grad_checkpointing(checkpoint)
     return model

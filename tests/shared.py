@@ -1,7 +1,7 @@
 """What several test files need."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Options for a Swin of two blocks and a few thousand parameters, with random weights.
 TINY_SWIN = (
@@ -12,6 +12,13 @@ TINY_SWIN = (
     "backbone.options.num_heads=[1,2]",
     "backbone.options.img_size=16",
 )
+
+
+def apart(value: Tensor, expected: Tensor) -> float:
+    """‖value − expected‖ / ‖expected‖: it hardly depends on the processor, where a single entry's error does."""
+    assert value.shape == expected.shape, f"{tuple(value.shape)} against {tuple(expected.shape)}"
+    norm = float(expected.detach().double().norm())
+    return float((value.detach().double() - expected.detach().double()).norm()) / max(norm, 1e-300)
 
 
 @torch.no_grad()

@@ -44,22 +44,24 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+@pytest.mark.parametrize("scaling", ["lora", "rslora", "constant"])
 def test_rank_b_uses_the_first_b_scaled_by_b(scaling):
     model, found = make({"2": 4}, scaling=scaling)
     layer = found["2"]
     for b in range(1, 5):
         set_rank(model, b)
-        scale = 16 / b if scaling == "lora" else 16 / b**0.5
+        scale = {"lora": 16 / b, "rslora": 16 / b**0.5, "constant": 16}[scaling]
+        assert layer.scale == scale
         assert torch.allclose(layer.delta_weight(), scale * layer.lora_B[:, :b] @ layer.lora_A[:b])
 
 
+@pytest.mark.parametrize("scaling", ["lora", "constant"])
 @pytest.mark.parametrize("b", [1, 3, 4])
-def test_cutting_is_having_trained_the_first_b(b):
+def test_cutting_is_having_trained_the_first_b(b, scaling):
     """One SGD step at rank b on the nested adapter equals the step of a LoRA that has only those rows."""
-    model, found = make({"2": 4})
+    model, found = make({"2": 4}, scaling=scaling, alpha=3)
     other = toy()
-    lora = inject(other, {"2": b})["2"]
+    lora = inject(other, {"2": b}, partial(LoRA, scaling=scaling, alpha=3))["2"]
     with torch.no_grad():
         lora.lora_A.copy_(found["2"].lora_A[:b])
         lora.lora_B.copy_(found["2"].lora_B[:, :b])

@@ -4,7 +4,6 @@ import copy
 import os
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from orca_rank.adapters import DyLoRA, LoRA, adapters, begin_step, inject, merge, set_memory, unload
 from orca_rank.adapters import lean as lean_module
 from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
+from orca_rank.ranks import RankPlan
 
 timm = pytest.importorskip("timm")
 NAMES = ("qkv", "proj", "fc1", "fc2")
@@ -45,7 +45,7 @@ def adapt(model: nn.Module, memory: str, rank: int = 2, thirds: bool = False, **
             else:
                 ranks[name] = rank
     make = options.pop("make", LoRA)
-    inject(model, SimpleNamespace(ranks=ranks, allow_above_full=True), partial(make, **options), memory=memory)
+    inject(model, RankPlan(ranks, allow_above_full=True), partial(make, **options), memory=memory)
     torch.manual_seed(1)
     with torch.no_grad():
         for adapter in adapters(model).values():

@@ -41,6 +41,13 @@ def folder(config: DictConfig) -> Path:
     return Path(config.paths.runs) / config.run / "finetune" / finetune.tag(config)
 
 
+def test_a_plan_that_adapts_no_layer_is_refused(composed: Callable[..., DictConfig]) -> None:
+    config = composed(*TINY, "adapter=lora", "rank.r=0", "finetune.tag=none")
+    with pytest.raises(ValueError, match=r"adapts no layer: all 12 ranks are 0.*adapter=linear_probe"):
+        finetune.run(config)
+    assert not folder(config).exists()
+
+
 ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
 OFTEN = ("lora", "dylora", "full", "linear_probe", "norm_only")
 # What these take from stage=measure is tested below.
@@ -59,6 +66,9 @@ def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], 
     assert {"test/error", "val/error", "trainable_parameters", "seconds", "config", "schema"} <= set(metrics)
     assert metrics["trainable_parameters"]["total"] > 0
     assert (config.adapter.method == "inject") == (folder(config) / "ranks.json").exists()
+    if "alpha" in config.adapter.get("module", {}):
+        ranks = json.loads((folder(config) / "ranks.json").read_text())
+        assert ranks["scales"] == {name: 16 / rank for name, rank in ranks["ranks"].items()}
     with open(folder(config) / "curve.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["epoch"] for row in rows] == ["0", "1"]

@@ -3,7 +3,7 @@
 import copy
 import math
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from orca_rank.adapters import (
     unload,
     unmerge,
 )
+from orca_rank.ranks import RankPlan
 
 
 class Attention(nn.Module):
@@ -90,12 +91,13 @@ def test_a_checkpoint_of_the_bare_model_still_loads():
     assert not unexpected and all(".branches." in name for name in missing)
 
 
-@pytest.mark.parametrize("scaling, expected", [("lora", 16 / 4), ("rslora", 16 / math.sqrt(4))])
+@pytest.mark.parametrize("scaling, expected", [("lora", 16 / 4), ("rslora", 16 / math.sqrt(4)), ("constant", 16)])
 def test_delta_is_scale_times_b_a(scaling, expected):
     model = toy()
     weight = model[0].proj.weight.clone()
     adapter = inject(model, {"0.proj": 4}, partial(LoRA, scaling=scaling))["0.proj"]
     scramble(model)
+    assert adapter.scale == expected
     delta = expected * adapter.lora_B @ adapter.lora_A
     assert torch.allclose(model[0].proj(X), X @ (weight + delta).T + model[0].proj.bias, atol=1e-12)
 
@@ -149,9 +151,11 @@ def test_thirds_leave_the_others_alone():
     assert not torch.allclose(after[..., 8:16], before[..., 8:16])
 
 
-def test_rank_zero_leaves_the_layer_alone():
+@pytest.mark.parametrize("plan", [{"0.proj": 0, "2": 0}, {}, RankPlan({"2": 0})])
+def test_rank_zero_leaves_the_layer_alone_and_says_so(plan, caplog):
     model = toy()
-    assert inject(model, {"0.proj": 0, "2": 0}) == {}
+    assert inject(model, plan) == {}
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "nothing is adapted" in caplog.text
     assert type(model[0].proj) is nn.Linear and adapter_state_dict(model) == {}
     assert not any(p.requires_grad for p in model.parameters())
     load_adapter_state_dict(model, {})
@@ -187,8 +191,21 @@ def test_a_plan_that_does_not_fit_changes_nothing(plan, error, message):
 
 def test_above_full_rank_when_the_plan_says_so():
     model = toy()
-    plan = SimpleNamespace(ranks={"0.proj": 20}, allow_above_full=True)
+    plan = RankPlan({"0.proj": 20}, allow_above_full=True)
     assert inject(model, plan)["0.proj"].lora_A.shape == (20, 8)
+
+
+def test_a_plan_is_a_rank_plan_or_a_mapping_and_an_adapter_a_lora():
+    found = [list(inject(toy(), plan)) for plan in (RankPlan(PLAN), PLAN, MappingProxyType(PLAN))]
+    assert found == [list(PLAN)] * 3
+    fake = type("Fake", (), {"ranks": PLAN, "allow_above_full": True})()
+    for plan in (fake, list(PLAN.items()), None, "0.proj"):
+        with pytest.raises(TypeError, match=f"plan is a {type(plan).__name__}; expected a RankPlan or a mapping"):
+            inject(toy(), plan)
+    model = toy()
+    with pytest.raises(TypeError, match="made a Identity; expected LoRA"):
+        inject(model, PLAN, lambda *args, **options: nn.Identity())
+    assert type(model[2]) is nn.Linear and all(p.requires_grad for p in model.parameters())
 
 
 def test_injecting_twice_is_refused():

@@ -43,7 +43,16 @@ def adapted_swin(plan, **options):
 X = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
 
 
-@pytest.mark.parametrize("options", [{}, {"scaling": "rslora", "alpha": 5}, {"init": "symmetric"}, {"init": "pissa"}])
+OPTIONS = [
+    {},
+    {"scaling": "rslora", "alpha": 5},
+    {"scaling": "constant", "alpha": 2},
+    {"init": "symmetric"},
+    {"init": "pissa"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.filterwarnings("ignore")  # PEFT and timm speak about their own future
 def test_peft_gives_the_same_outputs(plan, options, tmp_path):
@@ -54,7 +63,14 @@ def test_peft_gives_the_same_outputs(plan, options, tmp_path):
     assert not torch.allclose(swin()(X), model(X), atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"scaling": "rslora", "alpha": 5, "dropout": 0.1}])
+def test_a_constant_scale_is_written_as_the_alpha_of_each_rank(tmp_path):
+    save_peft(adapted_swin(PLANS["fused"], scaling="constant", alpha=3), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 12, False)
+    assert config["alpha_pattern"] == {r"^layers\.0\.blocks\.0\.mlp\.fc1": 6}  # of rank 2
+
+
+@pytest.mark.parametrize("options", [{}, {"scaling": "rslora", "alpha": 5, "dropout": 0.1}, OPTIONS[2]])
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_way_back_into_a_bare_model(plan, options, tmp_path):
     model = adapted_swin(PLANS[plan], **options)

@@ -1,12 +1,12 @@
 """A bottleneck adapter: the non-linear baseline outside the LoRA family."""
 
-from typing import Any
+from typing import ClassVar
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from orca_rank.adapters.lora import LoRA, NotExpressible
+from orca_rank.adapters.lora import B_ALONE, LoRA, NotExpressible
 
 
 class Bottleneck(LoRA):
@@ -15,17 +15,11 @@ class Bottleneck(LoRA):
     B = 0 makes it the identity at the start. It is not linear in x, so it cannot be merged.
 
     Raises:
-        ValueError: for an initialisation whose offset belongs to a linear map.
+        ValueError: for an initialisation that moves W₀, since its offset belongs to a linear map.
     """
 
-    low_rank = False
-
-    def __init__(
-        self, weight: Float[Tensor, "d_out d_in"], rank: int, *, init: str = "kaiming", **options: Any
-    ) -> None:
-        super().__init__(weight, rank, init=init, **options)
-        if init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: a bottleneck cannot start from {init}, which belongs to a linear map")
+    low_rank: ClassVar[bool] = False
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
 
     def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
         hidden = F.gelu(F.linear(x, self.lora_A.to(x.dtype)))  # (..., r)

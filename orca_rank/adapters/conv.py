@@ -22,7 +22,7 @@ class AdaptedConv2d(AdaptedModule, nn.Conv2d):
         branches: ``all`` -> its LoRA.
     """
 
-    def __init__(self, base: nn.Conv2d, branches: Mapping[str, nn.Module]) -> None:
+    def __init__(self, base: nn.Conv2d, branches: Mapping[str, LoRA]) -> None:
         nn.Conv2d.__init__(self, **_geometry(base))
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.weight[0].numel(), base.out_channels  # of the matrix
@@ -36,13 +36,12 @@ class AdaptedConv2d(AdaptedModule, nn.Conv2d):
         if self.merged:
             return self._conv_forward(x, self.weight, self.bias)
         y = self._conv_forward(x, self.base_weight(), self.bias)
-        branch = self.branches[WHOLE]
+        branch = self.parts[WHOLE]
         a, b = self.kernels(*branch.factors())
         z = self._conv_forward(F.dropout(x, branch.dropout, self.training), a.to(x.dtype), None)  # (..., r, h2, w2)
         return y + F.conv2d(z, b.to(z.dtype))
 
     def bare(self) -> nn.Conv2d:
-        """A plain convolution over the same Parameters, as they stand (merged or not)."""
         conv = nn.Conv2d(**_geometry(self))
         conv.weight, conv.bias = self.weight, self.bias
         return conv.train(self.training)

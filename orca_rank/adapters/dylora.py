@@ -1,15 +1,18 @@
 """DyLoRA: one training that serves every rank (Valipour et al. 2022)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.linear import adapted, adapters
-from orca_rank.adapters.lora import LoRA
+from orca_rank.adapters.linear import adapted, adapters, reduce_to_lora
+from orca_rank.adapters.lora import B_ALONE, LoRA
+from orca_rank.ranks import RankPlan
 
+T = TypeVar("T")
+Law = str | Sequence[float] | Tensor
 SHARES = ("step", "layer", "quantile")
 
 
@@ -29,7 +32,10 @@ def survival_law(concentration: float, r_min: int, r_max: int) -> Float[Tensor, 
 
 
 class DyLoRA(LoRA):
-    """ΔW = s_b B[:, :b] A[:b] with b drawn anew for every optimiser step; s_b = α/b (or α/√b).
+    """ΔW = s_b B[:, :b] A[:b] with b drawn anew for every optimiser step; s_b = α/b, α/√b or α.
+
+    The scale is that of the rank in use, as `scale_of` says: α/b (``lora``) gives a short prefix the larger step,
+    ``constant`` gives every prefix the same.
 
     Every prefix learns to stand alone, so the adapter can be cut to any rank afterwards (`cut`). The rows and columns
     that a step does not train keep their exact bits, whatever momentum or weight decay the optimiser has: they are put
@@ -46,8 +52,11 @@ class DyLoRA(LoRA):
         update: ``all`` trains the first b rows and columns, ``frozen`` only number b.
 
     Raises:
-        ValueError: for an option or a law that does not fit; KeyError: when a mapping lacks the layer.
+        ValueError: for an option or a law that does not fit, and for an initialisation that moves W₀, since W₀ − B₀A₀
+            fits the full rank alone; KeyError: when a mapping lacks the layer.
     """
+
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
 
     def __init__(
         self,
@@ -55,16 +64,13 @@ class DyLoRA(LoRA):
         rank: int,
         *,
         r_min: int = 1,
-        law: Any = "uniform",
-        concentration: Any = None,
+        law: Law | Mapping[str, Law] = "uniform",
+        concentration: float | Mapping[str, float] | None = None,
         share: str = "step",
         update: str = "all",
-        init: str = "kaiming",
         **options: Any,
     ) -> None:
-        super().__init__(weight, rank, init=init, **options)
-        if init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: DyLoRA cannot start from {init}: W₀ − B₀A₀ fits the full rank alone")
+        super().__init__(weight, rank, **options)
         if not 1 <= r_min <= rank:
             raise ValueError(f"{self.name}: r_min is {r_min}; expected 1 … {rank}")
         if share not in SHARES or update not in ("all", "frozen"):
@@ -75,15 +81,17 @@ class DyLoRA(LoRA):
         self.law = self._law(law, concentration)
         self._kept: tuple[Tensor, Tensor] | None = None
 
-    def _law(self, law: Any, concentration: Any) -> Float[Tensor, " r"]:
+    def _law(
+        self, law: Law | Mapping[str, Law], concentration: float | Mapping[str, float] | None
+    ) -> Float[Tensor, " r"]:
         count = self.rank - self.r_min + 1
-        if law == "uniform":
+        if isinstance(law, str) and law == "uniform":
             return torch.full((count,), 1.0 / count, dtype=torch.float64)
-        if law == "stick-breaking":
-            own = self._own(concentration, "concentration")
-            if own is None:
+        if isinstance(law, str) and law == "stick-breaking":
+            alpha = self._own(concentration, "concentration")
+            if alpha is None:
                 raise ValueError(f"{self.name}: law='stick-breaking' needs a concentration (the prior's α)")
-            return survival_law(float(own), self.r_min, self.rank)
+            return survival_law(float(alpha), self.r_min, self.rank)
         own = self._own(law, "law")
         if isinstance(own, str) or not isinstance(own, Sequence | Tensor) or len(own) != count:
             raise ValueError(f"{self.name}: law is {own!r}; expected {count} probabilities, one for each b")
@@ -92,7 +100,7 @@ class DyLoRA(LoRA):
             raise ValueError(f"{self.name}: law is {own!r}; expected probabilities with a positive sum")
         return given / given.sum()
 
-    def _own(self, value: Any, what: str) -> Any:
+    def _own(self, value: T | Mapping[str, T], what: str) -> T:
         if not isinstance(value, Mapping):
             return value
         if self.name not in value:
@@ -183,7 +191,7 @@ def set_rank(model: nn.Module, rank: int | Mapping[str, int] | None) -> None:
         layer.set_rank(None if rank is None else min(rank, layer.rank))
 
 
-def evaluate_ranks(model: nn.Module, evaluate: Callable[[], Any], ranks: Sequence[int] | None = None) -> dict[int, Any]:
+def evaluate_ranks(model: nn.Module, evaluate: Callable[[], T], ranks: Sequence[int] | None = None) -> dict[int, T]:
     """``evaluate()`` at every rank (default 1 … the largest r_max), then the full rank again.
 
     Raises:
@@ -192,7 +200,7 @@ def evaluate_ranks(model: nn.Module, evaluate: Callable[[], Any], ranks: Sequenc
     layers = [adapter for adapter in adapters(model).values() if isinstance(adapter, DyLoRA)]
     if not layers:
         raise ValueError("the model has no DyLoRA layer; inject with adapter=DyLoRA")
-    result = {}
+    result: dict[int, T] = {}
     try:
         for rank in range(1, max(layer.rank for layer in layers) + 1) if ranks is None else ranks:
             set_rank(model, rank)
@@ -202,7 +210,7 @@ def evaluate_ranks(model: nn.Module, evaluate: Callable[[], Any], ranks: Sequenc
     return result
 
 
-def cut(model: nn.Module, plan: Any) -> None:
+def cut(model: nn.Module, plan: RankPlan | Mapping[str, int]) -> None:
     """Turn every DyLoRA layer into the plain LoRA of the rank that ``plan`` gives it, with no training.
 
     Rank 0 removes the adapter. The plan must name every DyLoRA layer.
@@ -210,28 +218,9 @@ def cut(model: nn.Module, plan: Any) -> None:
     Raises:
         KeyError: for a layer that the plan lacks or that is no DyLoRA. ValueError: for a rank outside 0 … r_max.
     """
-    ranks = getattr(plan, "ranks", plan)
+    ranks = plan.ranks if isinstance(plan, RankPlan) else plan
     layers = {name: adapter for name, adapter in adapters(model).items() if isinstance(adapter, DyLoRA)}
     if missing := sorted(layers.keys() ^ ranks.keys()):
         raise KeyError(f"plan and DyLoRA layers differ, e.g. in {missing[0]!r}; give every DyLoRA layer a rank")
     set_rank(model, {name: rank for name, rank in ranks.items() if rank != 0})
-    for module_name, module in adapted(model).items():
-        for part, branch in list(module.branches.items()):
-            if not isinstance(branch, DyLoRA):
-                continue
-            if ranks[branch.name] == 0:
-                del module.branches[part]
-            else:
-                module.branches[part] = _plain(branch)
-        if not module.branches:
-            parent, _, child = module_name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.bare())
-
-
-def _plain(branch: DyLoRA) -> LoRA:
-    a, b, _ = branch.plain()
-    shape = torch.empty(branch.d_out, branch.d_in, dtype=a.dtype, device="meta")
-    options = {"name": branch.name, "alpha": branch.alpha, "scaling": branch.scaling, "dropout": branch.dropout}
-    lora = LoRA(shape, branch.active, **options)
-    lora.lora_A, lora.lora_B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
-    return lora.train(branch.training)
+    reduce_to_lora(model, DyLoRA, ranks)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.linear import adapted, adapters
-from orca_rank.adapters.lora import LoRA
+from orca_rank.adapters.linear import adapters, reduce_to_lora
+from orca_rank.adapters.lora import B_ALONE, LoRA
 
 EULER = 0.5772156649015329
 
@@ -37,36 +37,36 @@ class GatedLoRA(LoRA):
         kl_weight: of the KL in the loss; 1/(number of training examples) is the evidence bound per example.
 
     Raises:
-        ValueError: unless α and the temperature are positive; KeyError: when the mapping lacks the layer.
+        ValueError: unless α and the temperature are positive, and for an initialisation that moves W₀, since the gates
+            would not hold back B₀A₀; KeyError: when the mapping lacks the layer.
     """
+
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
 
     def __init__(
         self,
         weight: Float[Tensor, "d_out d_in"],
         rank: int,
         *,
-        concentration: Any = 4.0,
+        concentration: float | Mapping[str, float] = 4.0,
         temperature: float = 0.5,
         kl_weight: float = 1e-3,
-        init: str = "kaiming",
         **options: Any,
     ) -> None:
-        super().__init__(weight, rank, init=init, **options)
+        super().__init__(weight, rank, **options)
         if isinstance(concentration, Mapping):
             if self.name not in concentration:
                 raise KeyError(f"concentration has no entry for {self.name!r}; it knows {sorted(concentration)[:5]}")
             concentration = concentration[self.name]
-        if not (concentration > 0 and temperature > 0) or init in ("pissa", "symmetric"):
+        if not (concentration > 0 and temperature > 0):
             raise ValueError(
-                f"{self.name}: concentration={concentration}, temperature={temperature}, init={init!r}; expected "
-                "positive numbers and an initialisation with B = 0"
+                f"{self.name}: concentration={concentration}, temperature={temperature}; expected positive numbers"
             )
         self.concentration, self.temperature = float(concentration), float(temperature)
         self.kl_weight = float(kl_weight)
-        like = {"dtype": self.lora_A.dtype, "device": self.lora_A.device}
         # Kumaraswamy(α, 1) is Beta(α, 1): the posterior starts at the prior.
-        self.log_a = nn.Parameter(torch.full((rank,), math.log(self.concentration), **like))
-        self.log_b = nn.Parameter(torch.zeros(rank, **like))
+        self.log_a = nn.Parameter(self.lora_A.new_full((rank,), math.log(self.concentration)))
+        self.log_b = nn.Parameter(self.lora_A.new_zeros(rank))
         self._noise: Tensor | None = None
 
     def survival(self) -> Float[Tensor, " r"]:
@@ -105,15 +105,6 @@ class GatedLoRA(LoRA):
         """The number of gates whose posterior mean is at least the threshold: a prefix, since π falls."""
         return int((self.survival() >= threshold).sum())
 
-    def cut(self, rank: int) -> LoRA:
-        """The first ``rank`` gated rows as plain LoRA of the same scale."""
-        a, b, scale = self.plain()
-        shape = torch.empty(self.d_out, self.d_in, dtype=a.dtype, device="meta")
-        lora = LoRA(shape, rank, name=self.name, scaling=self.scaling, dropout=self.dropout)
-        lora.alpha = scale / lora.scale * lora.alpha
-        lora.lora_A, lora.lora_B = nn.Parameter(a[:rank].clone()), nn.Parameter(b[:, :rank].clone())
-        return lora.train(self.training)
-
 
 def prune(model: nn.Module, threshold: float = 0.5) -> dict[str, int]:
     """Turn every gated layer into plain LoRA of its inferred rank, with the gates' means in A; rank 0 removes it.
@@ -122,15 +113,5 @@ def prune(model: nn.Module, threshold: float = 0.5) -> dict[str, int]:
         layer -> rank.
     """
     ranks = {n: a.inferred_rank(threshold) for n, a in adapters(model).items() if isinstance(a, GatedLoRA)}
-    for name, module in adapted(model).items():
-        for part, branch in list(module.branches.items()):
-            if not isinstance(branch, GatedLoRA):
-                continue
-            if ranks[branch.name] == 0:
-                del module.branches[part]
-            else:
-                module.branches[part] = branch.cut(ranks[branch.name])
-        if not module.branches:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.bare())
+    reduce_to_lora(model, GatedLoRA, ranks)
     return ranks

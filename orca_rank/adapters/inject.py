@@ -3,41 +3,68 @@
 import logging
 from collections.abc import Callable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.conv import AdaptedConv2d, check_adapter, check_convolution
-from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, AdaptedModule, adapted, adapters
+from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters, replace
 from orca_rank.adapters.lora import LoRA
 from orca_rank.adapters.peft_backed import PeftAdapter, tuner_of
+from orca_rank.ranks import RankPlan
 
 log = logging.getLogger(__name__)
+# A mapping's values are checked one by one, with the layer's name, so that the annotation leaves them open.
+Ranks = RankPlan | Mapping[str, Any]
 
 
+@overload
 def inject(
     model: nn.Module,
-    plan: Any,
-    adapter: Callable[..., nn.Module] | PeftAdapter = LoRA,
+    plan: Ranks,
+    adapter: Callable[..., LoRA] = LoRA,
     *,
     memory: str = "lean",
     freeze: bool = True,
     generator: torch.Generator | None = None,
-) -> dict[str, Any]:
+) -> dict[str, LoRA]: ...
+
+
+@overload
+def inject(
+    model: nn.Module,
+    plan: Ranks,
+    adapter: PeftAdapter,
+    *,
+    memory: str = "lean",
+    freeze: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, nn.Module]: ...
+
+
+def inject(
+    model: nn.Module,
+    plan: object,
+    adapter: Callable[..., LoRA] | PeftAdapter = LoRA,
+    *,
+    memory: str = "lean",
+    freeze: bool = True,
+    generator: torch.Generator | None = None,
+) -> dict[str, LoRA] | dict[str, nn.Module]:
     """Adapt the named layers of ``model`` in place, each at the rank that the plan gives it.
 
     A name is a module path inside ``model``. ``<module>.q``, ``.k`` and ``.v`` adapt the thirds of a fused Linear
     (out_features divisible by 3) separately, as LoRA does on models with three matrices. A Conv2d (groups=1), such as
-    the patch embedding, takes plain LoRA of its matrix (out, C kh kw). Rank 0 leaves a layer alone. Everything is
-    checked before anything is changed.
+    the patch embedding, takes plain LoRA of its matrix (out, C kh kw). Rank 0 leaves a layer alone; a plan that adapts
+    no layer at all is logged as a warning. Everything is checked before anything is changed.
 
     Args:
         model: any module that contains the layers.
-        plan: a RankPlan, anything with a ``ranks`` mapping, or the mapping layer -> rank itself.
-        adapter: ``adapter(weight, rank, name=..., generator=...)`` -> module, e.g. LoRA or a partial of it; or a
-            PeftAdapter.
+        plan: a RankPlan, or a mapping layer -> rank (an integer of at least 0).
+        adapter: ``adapter(weight, rank, name=..., generator=...)`` -> LoRA or a subclass, e.g. LoRA itself or a partial
+            of it; or a PeftAdapter.
         memory: what a training step keeps: ``lean`` | ``plain``, see `set_memory`.
         freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
         generator: source of the random initial values.
@@ -46,20 +73,24 @@ def inject(
         layer -> adapter for every rank above 0; `describe` prints it.
 
     Raises:
-        KeyError: for a name that is no module. TypeError: for a module that is neither Linear nor Conv2d, a rank that
-            is no integer, or another adapter than LoRA on a Conv2d.
+        KeyError: for a name that is no module. TypeError: for another plan, a module that is neither Linear nor Conv2d,
+            a rank that is no integer, or another adapter than LoRA on a Conv2d.
         ValueError: for a negative rank, a rank above min(d_in, d_out) unless ``plan.allow_above_full``, a matrix
             adapted both fused and in thirds, or a model that already has adapters.
     """
-    ranks = getattr(plan, "ranks", plan)
-    if not isinstance(ranks, Mapping):
+    if isinstance(plan, RankPlan):
+        ranks, above = plan.ranks, plan.allow_above_full
+    elif isinstance(plan, Mapping):
+        ranks, above = plan, False
+    else:
         raise TypeError(f"plan is a {type(plan).__name__}; expected a RankPlan or a mapping of layer to rank")
     if tuner_of(model):
         raise ValueError("the model is adapted by PEFT already; start from a bare model")
     if present := adapted(model):
         raise ValueError(f"the model is adapted already ({len(present)} layers): call unload(model) first")
-    above = bool(getattr(plan, "allow_above_full", False))
     targets = _check(model, ranks, above)
+    if not targets:
+        log.warning("the rank plan names %d layers, none of them at a rank above 0: nothing is adapted", len(ranks))
     if isinstance(adapter, PeftAdapter):
         return _with_peft(model, targets, adapter, freeze)
     build = {
@@ -70,20 +101,25 @@ def inject(
         for module, (base, parts) in targets.items()
     }
     for module, (base, _) in targets.items():
+        for branch in build[module].values():
+            if not isinstance(branch, LoRA):
+                raise TypeError(f"{module}: adapter made a {type(branch).__name__}; expected LoRA or a subclass of it")
         if isinstance(base, nn.Conv2d):
             check_adapter(module, build[module][WHOLE])
     if freeze:
         model.requires_grad_(False)
     for module, branches in build.items():
-        parent, _, child = module.rpartition(".")
-        setattr(model.get_submodule(parent), child, _host(targets[module][0], branches)(targets[module][0], branches))
+        replace(model, module, _host(targets[module][0], branches))
     set_memory(model, memory)
     found = adapters(model)
     log.info("%s", describe(model))
     return found
 
 
-def _with_peft(model: nn.Module, targets: Mapping[str, Any], adapter: PeftAdapter, freeze: bool) -> dict[str, Any]:
+Targets = dict[str, tuple[nn.Linear | nn.Conv2d, dict[str, int]]]  # module path -> layer, part -> rank above 0
+
+
+def _with_peft(model: nn.Module, targets: Targets, adapter: PeftAdapter, freeze: bool) -> dict[str, nn.Module]:
     if thirds := [name for name, (_, parts) in targets.items() if WHOLE not in parts]:
         raise ValueError(f"{thirds[0]}: PEFT adapts whole matrices; adapt q, k and v fused")
     for name, (base, _) in targets.items():
@@ -95,37 +131,36 @@ def _with_peft(model: nn.Module, targets: Mapping[str, Any], adapter: PeftAdapte
     return adapter.into(model, {name: parts[WHOLE] for name, (_, parts) in targets.items()}) if targets else {}
 
 
-def _check(
-    model: nn.Module, ranks: Mapping[str, Any], above: bool
-) -> dict[str, tuple[nn.Linear | nn.Conv2d, dict[str, int]]]:
-    """Module path -> (layer, part -> rank above 0), or an error about the first entry that does not fit."""
+def _check(model: nn.Module, ranks: Mapping[str, Any], above: bool) -> Targets:
+    """The layers to adapt, or an error about the first entry that does not fit."""
     modules = dict(model.named_modules())
-    targets: dict[str, tuple[nn.Linear | nn.Conv2d, dict[str, int]]] = {}
+    targets: Targets = {}
     named: dict[str, set[str]] = {}
     for name, rank in ranks.items():
-        module, part = _resolve(modules, name)
-        base = modules[module]
+        module, base, part = _resolve(modules, name)
         if isinstance(rank, bool) or not isinstance(rank, Integral):
             raise TypeError(f"{name}: rank is {rank!r}; expected an integer")
+        rank = int(rank)
         d_out, d_in = base.weight.flatten(1).shape
         full = min(d_in, d_out if part == WHOLE else d_out // 3)
         if rank < 0:
             raise ValueError(f"{name}: rank is {rank}; expected 0 or more (0 leaves the layer alone)")
         if rank > full and not above:
             raise ValueError(
-                f"{name}: rank is {rank} but the matrix has full rank {full}; lower it, or say allow_above_full=True"
+                f"{name}: rank is {rank} but the matrix has full rank {full}; lower it, or use "
+                "RankPlan(ranks, allow_above_full=True)"
             )
         named.setdefault(module, set()).add(part)
         if WHOLE in named[module] and len(named[module]) > 1:
             raise ValueError(f"{module} is adapted both as a whole and in thirds ({name}); choose one")
         if rank:
-            targets.setdefault(module, (base, {}))[1][part] = int(rank)
+            targets.setdefault(module, (base, {}))[1][part] = rank
     return {module: (base, {p: parts[p] for p in (WHOLE, *THIRDS) if p in parts})
             for module, (base, parts) in targets.items()}  # fmt: skip
 
 
-def _resolve(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
-    """A plan's name -> module path and part."""
+def _resolve(modules: Mapping[str, nn.Module], name: Any) -> tuple[str, nn.Linear | nn.Conv2d, str]:
+    """A plan's name -> module path, the layer there, and part."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"a layer is named {name!r}; expected a module path (wrap a bare Linear in a Sequential)")
     module, part = name, WHOLE
@@ -143,13 +178,15 @@ def _resolve(modules: Mapping[str, nn.Module], name: str) -> tuple[str, str]:
         raise ValueError(f"{name}: {module} has {len(base.weight)} outputs, which do not split into q, k and v")
     if not base.weight.is_floating_point():
         raise TypeError(f"{name}: its weight is {base.weight.dtype}; expected a floating-point matrix")
-    return module, part
+    return module, base, part
 
 
-def _host(base: nn.Module, branches: Mapping[str, nn.Module]) -> type[AdaptedModule]:
+def _host(base: nn.Linear | nn.Conv2d, branches: Mapping[str, LoRA]) -> nn.Module:
+    """The layer that takes the place of ``base``."""
     if isinstance(base, nn.Conv2d):
-        return AdaptedConv2d
-    return getattr(next(iter(branches.values())), "host", None) or AdaptedLinear
+        return AdaptedConv2d(base, branches)
+    host = type(next(iter(branches.values()))).host or AdaptedLinear
+    return host(base, branches)
 
 
 def _name(module: str, part: str) -> str:
@@ -194,8 +231,7 @@ def unload(model: nn.Module) -> None:
     """Replace every adapted layer by a plain one with the weight it has now: call `merge` first to keep ΔW."""
     set_memory(model, "plain")
     for name, module in adapted(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.bare())
+        replace(model, name, module.bare())
 
 
 def trainable_adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,7 +1,6 @@
 """A Linear that carries adapters: the frozen matrix keeps its name, so checkpoints of the bare model still load."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,22 +8,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
+from orca_rank.adapters.lora import LoRA, scale_of
 
 WHOLE = "all"
 THIRDS = ("q", "k", "v")
 MEMORY = ("plain", "lean")
 
 
-class AdaptedModule:
+class AdaptedModule(nn.Module):
     """What every layer with adapters has beside its own forward pass; mixed into the class of the layer it replaces.
 
     It holds the very Parameters of that layer under the same names, and its adapters in ``branches``.
+
+    Attributes: weight, W₀ in the shape of the layer; in_features and out_features, of the matrix; branches, part ->
+        LoRA; unmerged_weight, W₀ while ``weight`` is merged.
     """
 
-    def _carry(self, base: nn.Module, branches: Mapping[str, nn.Module]) -> None:
+    weight: Tensor
+    in_features: int
+    out_features: int
+    branches: nn.ModuleDict
+    unmerged_weight: Tensor | None
+
+    def _carry(self, base: nn.Module, branches: Mapping[str, LoRA]) -> None:
         self.branches = nn.ModuleDict(dict(branches))
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.train(base.training)
+
+    @property
+    def parts(self) -> dict[str, LoRA]:
+        """The adapters by the part of the matrix that they adapt."""
+        return {part: branch for part, branch in self.branches.items() if isinstance(branch, LoRA)}
 
     @property
     def merged(self) -> bool:
@@ -51,12 +65,12 @@ class AdaptedModule:
 
     def base_weight(self) -> Tensor:
         """W₀, or W₀ plus what the adapters add without learning it."""
-        offset = self.assemble({part: branch.offset() for part, branch in self.branches.items()})
+        offset = self.assemble({part: branch.offset() for part, branch in self.parts.items()})
         return self.weight if offset is None else self.weight + offset.to(self.weight.dtype).view_as(self.weight)
 
     @property
     def dropout(self) -> float:
-        return next(iter(self.branches.values())).dropout
+        return next(iter(self.parts.values())).dropout
 
     def delta_weight(self) -> Float[Tensor, "d_out d_in"]:
         """ΔW of the whole matrix, detached.
@@ -65,7 +79,8 @@ class AdaptedModule:
             ValueError: when an adapter is not linear in x and so has no ΔW.
         """
         with torch.no_grad():
-            return self.assemble({part: branch.delta_weight() for part, branch in self.branches.items()})
+            delta = self.assemble({part: branch.delta_weight() for part, branch in self.parts.items()})
+        return self.weight.new_zeros(self.out_features, self.in_features) if delta is None else delta
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -78,9 +93,13 @@ class AdaptedModule:
     @torch.no_grad()
     def unmerge(self) -> None:
         """W ← W₀; nothing happens when nothing is merged."""
-        if self.merged:
+        if self.unmerged_weight is not None:
             self.weight.copy_(self.unmerged_weight)
             self.unmerged_weight = None
+
+    def bare(self) -> nn.Module:
+        """A plain layer over the same Parameters, as they stand (merged or not)."""
+        raise NotImplementedError
 
 
 class AdaptedLinear(AdaptedModule, nn.Linear):
@@ -94,7 +113,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         branches: part -> adapter.
     """
 
-    def __init__(self, base: nn.Linear, branches: Mapping[str, nn.Module]) -> None:
+    def __init__(self, base: nn.Linear, branches: Mapping[str, LoRA]) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -108,12 +127,11 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
             return self.after(None, x)
         y = F.linear(x, self.base_weight(), self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
-        if WHOLE in self.branches:
-            return y + self.branches[WHOLE](dropped)
-        pieces = [self.branches[part](dropped) if part in self.branches else None for part in THIRDS]
-        third = self.out_features // 3
-        pieces = [y.new_zeros(*y.shape[:-1], third) if piece is None else piece for piece in pieces]
-        return y + torch.cat(pieces, dim=-1)
+        pieces = {part: branch(dropped) for part, branch in self.parts.items()}
+        if WHOLE in pieces:
+            return y + pieces[WHOLE]
+        zero = y.new_zeros(*y.shape[:-1], self.out_features // 3)
+        return y + torch.cat([pieces.get(part, zero) for part in THIRDS], dim=-1)
 
     @property
     def is_lean(self) -> bool:
@@ -128,7 +146,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
             or self.weight_learns
             or (self.bias is not None and self.bias.requires_grad)
             or (self.training and self.dropout > 0)
-            or not all(branch.low_rank for branch in self.branches.values())
+            or not all(branch.low_rank for branch in self.parts.values())
         )
 
     @property
@@ -153,7 +171,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         device = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else inputs[0].dtype
-        factors = [branch.factors() for branch in self.branches.values()]
+        factors = [branch.factors() for branch in self.parts.values()]
         a = torch.cat([a for a, _ in factors]) if len(factors) > 1 else factors[0][0]
         bs = [b.to(dtype) for _, b in factors]
         shape = inputs[0].shape[:-1]
@@ -167,7 +185,6 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         return y.reshape(*shape, -1)
 
     def bare(self) -> nn.Linear:
-        """A plain Linear over the same Parameters, as they stand (merged or not)."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear.train(self.training)
@@ -178,10 +195,42 @@ def adapted(model: nn.Module) -> dict[str, AdaptedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedModule)}
 
 
-def adapters(model: nn.Module) -> dict[str, Any]:
+def adapters(model: nn.Module) -> dict[str, LoRA]:
     """Every adapter by the name the rank plan uses: the module path, with ``.q``, ``.k`` or ``.v`` for a third."""
     return {
         name if part == WHOLE else f"{name}.{part}": branch
         for name, module in adapted(model).items()
-        for part, branch in module.branches.items()
+        for part, branch in module.parts.items()
     }
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` where ``name`` stands in ``model``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def reduce_to_lora(model: nn.Module, kind: type[LoRA], ranks: Mapping[str, int]) -> None:
+    """Make every adapter of a kind the plain LoRA of its first rows, of the same scale; rank 0 removes it.
+
+    Args:
+        kind: adapters whose `plain` form is nested: its first r rows and columns stand alone.
+        ranks: adapter -> r, of at least 0, for each adapter of the kind.
+    """
+    for name, module in adapted(model).items():
+        for part, branch in module.parts.items():
+            if isinstance(branch, kind) and (rank := ranks[branch.name]):
+                module.branches[part] = _first_rows(branch, rank)
+            elif isinstance(branch, kind):
+                del module.branches[part]
+        if not module.branches:
+            replace(model, name, module.bare())
+
+
+def _first_rows(branch: LoRA, rank: int) -> LoRA:
+    a, b, scale = branch.plain()  # (≥ r, d_in), (d_out, ≥ r)
+    shape = a.new_empty(branch.d_out, branch.d_in, device="meta")
+    alpha = scale / scale_of(1.0, rank, branch.scaling)
+    lora = LoRA(shape, rank, name=branch.name, alpha=alpha, scaling=branch.scaling, dropout=branch.dropout)
+    lora.lora_A, lora.lora_B = nn.Parameter(a[:rank].clone()), nn.Parameter(b[:, :rank].clone())
+    return lora.train(branch.training)

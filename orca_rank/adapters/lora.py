@@ -1,16 +1,19 @@
 """LoRA and the form every low-rank adapter of this package shares: two small matrices for one large one."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-SCALINGS = ("lora", "rslora")
-INITS = ("kaiming", "gaussian", "directions", "pissa", "symmetric")
+SCALINGS = ("lora", "rslora", "constant")
+B_ALONE = ("kaiming", "gaussian", "directions")  # W₀ stays as it is; B = 0, unless the directions say otherwise
+MOVING = ("symmetric", "pissa")  # W₀ − s B₀A₀ stands in its place
+INITS = (*B_ALONE, *MOVING)
+Directions = Mapping[str, Tensor | Sequence[Tensor]]
 
 
 class NotExpressible(ValueError):
@@ -18,14 +21,17 @@ class NotExpressible(ValueError):
 
 
 def scale_of(alpha: float, rank: int, scaling: str) -> float:
-    """s = α/r (``lora``, Hu et al. 2021) or α/√r (``rslora``, Kalajdzievski 2023).
+    """s = α/r (``lora``, Hu et al. 2021), α/√r (``rslora``, Kalajdzievski 2023) or α itself (``constant``).
+
+    α/r makes a sweep over ranks a sweep over learning rates, and gives every layer of an uneven plan a rate of its own;
+    ``constant`` compares ranks alone.
 
     Raises:
         ValueError: for another scaling.
     """
     if scaling not in SCALINGS:
         raise ValueError(f"scaling is {scaling!r}; expected one of {SCALINGS}")
-    return alpha / rank if scaling == "lora" else alpha / math.sqrt(rank)
+    return {"lora": alpha / rank, "rslora": alpha / math.sqrt(rank), "constant": alpha}[scaling]
 
 
 class LoRA(nn.Module):
@@ -43,8 +49,8 @@ class LoRA(nn.Module):
         weight: the matrix to adapt, (d_out, d_in); only its shape, device and dtype are used, and its values by pissa.
         rank: r ≥ 1.
         name: the layer, for messages and for ``directions``.
-        alpha: α of the scale.
-        scaling: ``lora`` or ``rslora``.
+        alpha: α of the scale s, see `scale_of`.
+        scaling: ``lora`` (s = α/r), ``rslora`` (α/√r) or ``constant`` (s = α at every rank).
         dropout: probability of dropping an entry of x on its way into A.
         init: see above.
         directions: layer -> A (≥ r, d_in), or a pair of A and B (d_out, ≥ r); the first r are used.
@@ -55,8 +61,12 @@ class LoRA(nn.Module):
         ValueError: for an option or a shape that does not fit; KeyError: when ``directions`` lacks the layer.
     """
 
-    low_rank = True  # whether ΔW is a product, so that `factors` says it all
-    host: Any = None  # another class than AdaptedLinear to carry this adapter
+    low_rank: ClassVar[bool] = True  # whether ΔW is a product, so that `factors` says it all
+    host: ClassVar[Callable[..., nn.Linear] | None] = None  # another class than AdaptedLinear to carry this adapter
+    inits: ClassVar[tuple[str, ...]] = INITS  # what this kind of adapter can start from
+
+    start_A: Tensor | None  # (r, d_in) and (d_out, r): A₀ and B₀ where the initialisation moves W₀
+    start_B: Tensor | None
 
     def __init__(
         self,
@@ -68,15 +78,15 @@ class LoRA(nn.Module):
         scaling: str = "lora",
         dropout: float = 0.0,
         init: str = "kaiming",
-        directions: Mapping[str, Any] | None = None,
+        directions: Directions | None = None,
         frozen: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise ValueError(f"{name}: rank is {rank}; an adapter needs at least 1 (rank 0 means no adapter)")
-        if init not in INITS:
-            raise ValueError(f"{name}: init is {init!r}; expected one of {INITS}")
+        if init not in self.inits:
+            raise ValueError(f"{name}: {type(self).__name__} cannot start from init={init!r}; expected {self.inits}")
         if frozen not in (None, "A", "B"):
             raise ValueError(f"{name}: frozen is {frozen!r}; expected None, 'A' or 'B'")
         if not 0.0 <= dropout < 1.0:
@@ -85,20 +95,23 @@ class LoRA(nn.Module):
         self.active = rank  # how many of the r rows and columns are in use
         self.alpha, self.scaling, self.dropout = float(alpha), scaling, float(dropout)
         self.d_out, self.d_in = weight.shape
+        self.moves_base = init in MOVING
         # Small matrices in half precision lose the optimiser's small updates, so they are kept in float32.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        like = {"device": weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.zeros(rank, self.d_in, **like), requires_grad=frozen != "A")
-        self.lora_B = nn.Parameter(torch.zeros(self.d_out, rank, **like), requires_grad=frozen != "B")
-        self.start_A: Tensor | None
-        self.start_B: Tensor | None
+        self.lora_A = nn.Parameter(weight.new_zeros(rank, self.d_in, dtype=dtype), requires_grad=frozen != "A")
+        self.lora_B = nn.Parameter(weight.new_zeros(self.d_out, rank, dtype=dtype), requires_grad=frozen != "B")
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
-        self._initialise(weight.detach(), init, frozen, (directions or {}), generator)
+        self._initialise(weight.detach(), init, frozen, directions or {}, generator)
 
     @torch.no_grad()
     def _initialise(
-        self, weight: Tensor, init: str, frozen: str | None, directions: Mapping[str, Any], generator: Any
+        self,
+        weight: Tensor,
+        init: str,
+        frozen: str | None,
+        directions: Directions,
+        generator: torch.Generator | None,
     ) -> None:
         if init == "directions":
             self._given(directions)
@@ -118,14 +131,14 @@ class LoRA(nn.Module):
             if init == "symmetric":
                 self.lora_A.normal_(0.0, self.rank**-0.5, generator=generator)
                 self.lora_B.normal_(0.0, self.d_out**-0.5, generator=generator)
-        if init in ("pissa", "symmetric"):
+        if self.moves_base:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
-    def _given(self, directions: Mapping[str, Any]) -> None:
+    def _given(self, directions: Directions) -> None:
         if self.name not in directions:
             raise KeyError(f"init='directions' has nothing for {self.name!r}; it knows {sorted(directions)[:5]}")
         given = directions[self.name]
-        a, b = given if isinstance(given, tuple | list) else (given, None)
+        a, b = (given, None) if isinstance(given, Tensor) else given
         if a.ndim != 2 or a.shape[0] < self.rank or a.shape[1] != self.d_in:
             raise ValueError(f"{self.name}: A is {tuple(a.shape)}; expected (at least {self.rank}, {self.d_in})")
         self.lora_A.copy_(a[: self.rank])
@@ -136,6 +149,7 @@ class LoRA(nn.Module):
 
     @property
     def scale(self) -> float:
+        """s as it is now: of the rank in use."""
         return scale_of(self.alpha, self.active, self.scaling)
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:

@@ -1,13 +1,13 @@
 """LoRA with a mixer between its factors (Wu et al. 2024, Mixture-of-Subspaces in Low-Rank Adaptation)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.lora import LoRA
+from orca_rank.adapters.lora import B_ALONE, LoRA
 
 MIXERS = ("kaiming", "orthogonal", "normal", "identity")
 
@@ -16,7 +16,8 @@ class MoSLoRA(LoRA):
     """ΔW = s B M A with a mixer M (r × r) that learns (eq. 5 of the paper, in this package's order of factors).
 
     B = 0 makes it the identity at the start. An orthogonal M that stays fixed trains exactly as LoRA with A ← MA does
-    (the paper's appendix A.4).
+    under SGD (the paper's appendix A.4): the gradient of A is Mᵀ times that of MA, and M Mᵀ = I. AdamW divides entry by
+    entry, which a rotation does not commute with, so there the two part.
 
     Args:
         weight, rank and the rest: as in LoRA.
@@ -25,8 +26,11 @@ class MoSLoRA(LoRA):
         fixed: keep M as it starts; only ``orthogonal`` and ``identity`` mixers may be fixed.
 
     Raises:
-        ValueError: for the zero mixer, an unknown one, or one that may not be fixed.
+        ValueError: for the zero mixer, an unknown one, or one that may not be fixed; for an initialisation that moves
+            W₀, since its B₀A₀ has no mixer.
     """
+
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
 
     def __init__(
         self,
@@ -35,19 +39,16 @@ class MoSLoRA(LoRA):
         *,
         mixer: str = "kaiming",
         fixed: bool = False,
-        init: str = "kaiming",
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(weight, rank, init=init, generator=generator, **options)
+        super().__init__(weight, rank, generator=generator, **options)
         if mixer == "zero":
             raise ValueError(f"{self.name}: a zero mixer never trains: at B = 0 all of A, B and M get zero gradients")
         if mixer not in MIXERS:
             raise ValueError(f"{self.name}: mixer is {mixer!r}; expected one of {MIXERS}")
         if fixed and mixer not in ("orthogonal", "identity"):
             raise ValueError(f"{self.name}: a {mixer} mixer cannot be fixed; use 'orthogonal' or 'identity'")
-        if init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: MoSLoRA cannot start from {init}, whose B₀A₀ has no mixer")
         m = torch.eye(rank, dtype=self.lora_A.dtype, device=self.lora_A.device)
         if mixer == "kaiming":
             nn.init.kaiming_uniform_(m, a=math.sqrt(5), generator=generator)
@@ -70,8 +71,10 @@ class FLoRA(LoRA):
     It has MoSLoRA's form, but the zero stands in the core, so A and B get no gradient in the first step and G does.
 
     Raises:
-        ValueError: for an initialisation or a frozen factor, which belong to plain LoRA.
+        ValueError: for another initialisation than kaiming (of A and B), or a frozen factor.
     """
+
+    inits: ClassVar[tuple[str, ...]] = ("kaiming",)
 
     def __init__(
         self,
@@ -82,10 +85,8 @@ class FLoRA(LoRA):
         **options: Any,
     ) -> None:
         super().__init__(weight, rank, generator=generator, **options)
-        if options.get("init", "kaiming") != "kaiming" or options.get("frozen"):
-            raise ValueError(
-                f"{self.name}: FLoRA has its own initialisation and trains A, B and G; leave init and frozen"
-            )
+        if options.get("frozen"):
+            raise ValueError(f"{self.name}: FLoRA trains A, B and G; leave frozen out")
         nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5), generator=generator)
         self.core = nn.Parameter(torch.zeros(rank, rank, dtype=self.lora_A.dtype, device=self.lora_A.device))
 
@@ -102,17 +103,15 @@ class TwoSubspaces(LoRA):
     The mixer has rank r/2, and so has ΔW.
 
     Raises:
-        ValueError: if the rank is odd, or for an initialisation that a mixer does not fit.
+        ValueError: if the rank is odd; for an initialisation that moves W₀, since its B₀A₀ has no mixer.
     """
 
-    def __init__(
-        self, weight: Float[Tensor, "d_out d_in"], rank: int, *, init: str = "kaiming", **options: Any
-    ) -> None:
-        super().__init__(weight, rank, init=init, **options)
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
+
+    def __init__(self, weight: Float[Tensor, "d_out d_in"], rank: int, **options: Any) -> None:
+        super().__init__(weight, rank, **options)
         if rank % 2:
             raise ValueError(f"{self.name}: rank is {rank}; two subspaces need an even rank")
-        if init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: two subspaces cannot start from {init}, whose B₀A₀ has no mixer")
 
     def factors(self) -> tuple[Float[Tensor, "half d_in"], Float[Tensor, "d_out half"]]:
         a, b = self._halves()

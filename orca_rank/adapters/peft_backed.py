@@ -1,11 +1,12 @@
 """Methods that PEFT implements, at the ranks of a plan: DoRA, AdaLoRA, LoHa, LoKr, VeRA. Needs ``orca_rank[peft]``."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from orca_rank.ranks.peft import exactly, patterns
 
 METHODS = ("dora", "adalora", "loha", "lokr", "vera")
 UNEVEN = ("dora", "loha", "lokr")
@@ -31,7 +32,7 @@ class PeftAdapter:
             raise ImportError(f"{method} comes from PEFT: pip install 'orca_rank[peft]'") from error
         self.peft, self.method, self.options = peft, method, options
 
-    def into(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, Any]:
+    def into(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, nn.Module]:
         """Adapt the layers in place and return them by name; ranks are above 0 and name whole Linears."""
         values = set(ranks.values())
         if self.method not in UNEVEN and len(values) > 1:
@@ -45,8 +46,8 @@ class PeftAdapter:
         from peft.tuners import adalora, loha, lokr, lora, vera
 
         first = next(iter(ranks.values()))
-        common = {"target_modules": "|".join(f"(?:{re.escape(name)})" for name in ranks), **self.options}
-        pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+        common = {"target_modules": exactly(ranks), **self.options}
+        pattern = patterns(ranks)
         peft = self.peft
         if self.method == "dora":
             return peft.LoraConfig(r=first, rank_pattern=pattern, use_dora=True, **common), lora.LoraModel
@@ -62,8 +63,8 @@ class PeftAdapter:
 class PeftTuner:
     """What the training loop needs of a PEFT tuner: AdaLoRA's orthogonality term and its budget schedule."""
 
-    def __init__(self, tuner: nn.Module, method: str) -> None:
-        self.tuner, self.method, self.steps = tuner, method, 0
+    def __init__(self, tuner: Any, method: str) -> None:
+        self.tuner, self.method, self.steps = tuner, method, 0  # a tuner of PEFT, which has no types
         self.kept: dict[str, Tensor] = {}
 
     def layers(self) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from orca_rank.adapters.conv import AdaptedConv2d, check_peft
 from orca_rank.adapters.inject import inject
-from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted
+from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted, adapters
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
 from orca_rank.artifacts.files import atomic
+from orca_rank.ranks import RankPlan
+from orca_rank.ranks.peft import exactly, patterns, value_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -59,14 +61,15 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
         ranks[name], scales[name] = a.shape[0], scale
         if WHOLE not in module.branches:
-            parts[name] = {part: len(branch.plain()[0]) for part, branch in module.branches.items()}
+            parts[name] = {part: len(branch.plain()[0]) for part, branch in module.parts.items()}
     known = dict(model.named_modules())
     for name in modules_to_save:
         if name not in known:
             raise KeyError(f"modules_to_save names {name!r}, which the model does not have")
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in known[name].state_dict().items()}
-    branches = [branch for module in modules.values() for branch in module.branches.values()]
-    scaling = branches[0].scaling if branches else "lora"
+    branches = [branch for module in modules.values() for branch in module.parts.values()]
+    # PEFT knows no constant scale: it is written as each layer's own alpha.
+    scaling = "rslora" if branches and branches[0].scaling == "rslora" else "lora"
     dropout = branches[0].dropout if branches else 0.0
     config = _config(ranks, scales, scaling, dropout, list(known), list(modules_to_save))
     metadata = {"format": "pt", "orca_rank": json.dumps({"parts": parts})}
@@ -80,7 +83,7 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
 
 def _stack(module: AdaptedModule) -> tuple[Tensor, Tensor, float]:
     """(A, B, s) of the whole matrix; thirds are stacked, with one common s and what differs from it put into B."""
-    plain = {part: branch.plain() for part, branch in module.branches.items()}
+    plain = {part: branch.plain() for part, branch in module.parts.items()}
     if WHOLE in plain:
         return plain[WHOLE]
     first_a, _, common = next(iter(plain.values()))
@@ -110,9 +113,6 @@ def _config(
     alpha = max(set(alphas.values()), key=list(alphas.values()).count) if alphas else 16
     # PEFT reads a list of targets as suffixes; where a suffix would reach further, an exact expression takes its place.
     reaches = any(other.endswith(f".{name}") for name in ranks for other in known)
-    targets: Any = sorted(ranks)
-    if reaches:
-        targets = "|".join(f"(?:{re.escape(name)})" for name in sorted(ranks))
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -125,14 +125,14 @@ def _config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": targets,
+        "target_modules": exactly(sorted(ranks)) if reaches else sorted(ranks),
         "modules_to_save": list(modules_to_save) or None,
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": patterns({name: r for name, r in ranks.items() if r != rank}),
+        "alpha_pattern": patterns({name: a for name, a in alphas.items() if a != alpha}),
     }
 
 
-def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Any]:
+def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoRA]:
     """Adapt ``model`` with what lies in ``folder``, written by `save_peft` or by PEFT, strictly.
 
     A bare model is injected as the file says; a model that is adapted already must have the very layers and ranks of
@@ -168,27 +168,19 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Any
     scaling = "rslora" if config.get("use_rslora") else "lora"
     saved = _saved_modules(model, config.get("modules_to_save") or [], others)
     _check_shapes(model, layers)
-    if not adapted(model):
+    if not adapted(model) and ranks:
         make = partial(LoRA, scaling=scaling, dropout=config.get("lora_dropout") or 0.0)
-        inject(model, _Plan(ranks), adapter=make)
+        inject(model, RankPlan(ranks, allow_above_full=True), adapter=make)  # PEFT allows ranks above full
     found = adapted(model)
     if found.keys() != layers.keys():
         raise KeyError(f"file and model adapt different layers, e.g. {sorted(found.keys() ^ layers.keys())[0]!r}")
     for name, (a, b) in layers.items():
-        _fill(name, found[name], a, b, _alpha(config, name), scaling)
+        alpha = value_of(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
+        _fill(name, found[name], a, b, float(alpha), scaling)
     with torch.no_grad():
         for target, value in saved:
             target.copy_(value)
-    return {branch.name: branch for module in found.values() for branch in module.branches.values()}
-
-
-class _Plan:
-    """Ranks read from a file may exceed a matrix's full rank, as PEFT allows."""
-
-    allow_above_full = True
-
-    def __init__(self, ranks: Mapping[str, int]) -> None:
-        self.ranks = ranks
+    return adapters(model)
 
 
 def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
@@ -242,27 +234,19 @@ def _check_shapes(model: nn.Module, layers: Mapping[str, tuple[Tensor, Tensor]])
             )
 
 
-def _alpha(config: Mapping[str, Any], name: str) -> float:
-    """The layer's alpha, matched as PEFT does: the first pattern that fits wins."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(alpha)
-    return float(config["lora_alpha"])
-
-
 @torch.no_grad()
 def _fill(name: str, module: AdaptedModule, a: Tensor, b: Tensor, alpha: float, scaling: str) -> None:
     """Copy a layer's tensors into its adapters; thirds are cut out of the stacked form."""
     if module.merged:
         raise ValueError(f"{name} is merged; call unmerge(model) before loading other adapters")
-    if any(type(branch) is not LoRA or branch.start_A is not None for branch in module.branches.values()):
+    if any(type(branch) is not LoRA or branch.moves_base for branch in module.parts.values()):
         raise ValueError(f"{name} has another adapter than plain LoRA; load into a bare model")
-    total = sum(branch.rank for branch in module.branches.values())
+    total = sum(branch.rank for branch in module.parts.values())
     if total != len(a):
         raise ValueError(f"{name}: the file has rank {len(a)}, the model's adapter {total}")
     a, b = a.flatten(1), b.flatten(1)
     scale, start = scale_of(alpha, len(a), scaling), 0
-    for part, branch in module.branches.items():
+    for part, branch in module.parts.items():
         inside = slice(start, start + branch.rank)
         start += branch.rank
         own_rows = module.rows(part)

@@ -6,14 +6,14 @@ holds 4 bits per weight and 8 per block; the matrix is unpacked in each pass and
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from orca_rank.adapters.linear import AdaptedLinear
-from orca_rank.adapters.lora import LoRA
+from orca_rank.adapters.lora import B_ALONE, LoRA
 
 BLOCK, SCALE_BLOCK = 64, 256
 # Appendix E of the paper: quantiles of N(0, 1), scaled to [-1, 1], with an exact 0.
@@ -75,7 +75,12 @@ class QuantisedLinear(AdaptedLinear):
     gives a plain Linear with the unpacked W₀, or adapt the unquantised model with the saved adapter and merge that.
     """
 
-    def __init__(self, base: nn.Linear, branches: Mapping[str, nn.Module]) -> None:
+    codes: Tensor
+    scales: Tensor
+    scale_max: Tensor
+    scale_mean: Tensor
+
+    def __init__(self, base: nn.Linear, branches: Mapping[str, LoRA]) -> None:
         super().__init__(base, branches)
         self.dtype = base.weight.dtype
         del self._parameters["weight"]
@@ -87,8 +92,8 @@ class QuantisedLinear(AdaptedLinear):
         return self.unpack(self.codes)
 
     @weight.setter
-    def weight(self, value: nn.Parameter) -> None:
-        self.register_parameter("weight", value)
+    def weight(self, value: Tensor) -> None:
+        self.register_parameter("weight", value if isinstance(value, nn.Parameter) else nn.Parameter(value))
 
     def unpack(self, codes: Tensor) -> Tensor:
         """W₀ from its codes, in the dtype it had."""
@@ -114,20 +119,14 @@ class QuantisedLinear(AdaptedLinear):
 class QLoRA(LoRA):
     """LoRA on a matrix in NF4: W₀ is quantised when the adapter is injected.
 
-    The model therefore starts at the quantised model, not at the given one. ``init`` must have B = 0.
+    The model therefore starts at the quantised model, not at the given one.
 
     Raises:
-        ValueError: for pissa and symmetric, whose offset would need the unquantised matrix.
+        ValueError: for an initialisation that moves W₀, whose offset would need the unquantised matrix.
     """
 
-    host = QuantisedLinear
-
-    def __init__(
-        self, weight: Float[Tensor, "d_out d_in"], rank: int, *, init: str = "kaiming", **options: Any
-    ) -> None:
-        super().__init__(weight, rank, init=init, **options)
-        if init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: QLoRA cannot start from {init}; use kaiming, gaussian or directions")
+    host: ClassVar[Callable[..., nn.Linear] | None] = QuantisedLinear
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
 
 
 def paged_adamw(params: Any, **options: Any) -> torch.optim.Optimizer:

@@ -1,12 +1,12 @@
 """Variants that move more than a product of two matrices: Delta-LoRA, additive, re-randomised."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.lora import LoRA, NotExpressible
+from orca_rank.adapters.lora import B_ALONE, LoRA, NotExpressible
 
 
 class DeltaLoRA(LoRA):
@@ -22,8 +22,13 @@ class DeltaLoRA(LoRA):
         start: K, the number of steps before W begins to follow.
 
     Raises:
-        ValueError: for dropout, a negative start, or an initialisation with an offset of its own.
+        ValueError: for dropout, a negative start, or an initialisation that moves W₀ itself.
     """
+
+    inits: ClassVar[tuple[str, ...]] = B_ALONE
+    start_A: Tensor
+    start_B: Tensor
+    steps: Tensor
 
     def __init__(
         self,
@@ -32,15 +37,14 @@ class DeltaLoRA(LoRA):
         *,
         ratio: float = 2.0,
         start: int = 500,
-        init: str = "kaiming",
         dropout: float = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(weight, rank, init=init, dropout=dropout, **options)
+        super().__init__(weight, rank, dropout=dropout, **options)
         if dropout:
             raise ValueError(f"{self.name}: Delta-LoRA takes no dropout (received {dropout}): W must see what BA saw")
-        if start < 0 or init in ("pissa", "symmetric"):
-            raise ValueError(f"{self.name}: start={start}, init={init!r}; expected start >= 0 and B = 0")
+        if start < 0:
+            raise ValueError(f"{self.name}: start is {start}; expected a number of steps, 0 or more")
         self.ratio, self.start = float(ratio), start
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.lora_A.device))
         self.start_A, self.start_B = torch.zeros_like(self.lora_A), torch.zeros_like(self.lora_B)
@@ -78,28 +82,31 @@ class Additive(LoRA):
     A (r × d_in). A = B = 0 at the start; both have gradients there.
 
     Raises:
-        ValueError: unless r divides d_in and d_out, or for an initialisation other than kaiming (all are zero here).
+        ValueError: unless r divides d_in and d_out, for an initialisation other than kaiming (all are zero here), or a
+            frozen factor.
     """
 
-    def __init__(
-        self, weight: Float[Tensor, "d_out d_in"], rank: int, *, init: str = "kaiming", **options: Any
-    ) -> None:
-        super().__init__(weight, rank, init=init, **options)
+    inits: ClassVar[tuple[str, ...]] = ("kaiming",)
+    ones_in: Tensor
+    ones_out: Tensor
+
+    def __init__(self, weight: Float[Tensor, "d_out d_in"], rank: int, **options: Any) -> None:
+        super().__init__(weight, rank, **options)
         if self.d_in % rank or self.d_out % rank:
             raise ValueError(f"{self.name}: rank {rank} must divide {self.d_in} and {self.d_out} in the additive form")
-        if init != "kaiming" or options.get("frozen"):
-            raise ValueError(f"{self.name}: the additive form starts at zero and trains both factors")
+        if options.get("frozen"):
+            raise ValueError(f"{self.name}: the additive form trains both factors; leave frozen out")
         nn.init.zeros_(self.lora_A)
         eye = torch.eye(rank, dtype=self.lora_A.dtype, device=self.lora_A.device)
-        self.register_buffer("rows", eye.repeat(1, self.d_in // rank), persistent=False)  # (r, d_in)
-        self.register_buffer("columns", eye.repeat(self.d_out // rank, 1), persistent=False)  # (d_out, r)
+        self.register_buffer("ones_in", eye.repeat(1, self.d_in // rank), persistent=False)  # J, (r, d_in)
+        self.register_buffer("ones_out", eye.repeat(self.d_out // rank, 1), persistent=False)  # Jᵀ, (d_out, r)
 
     def factors(self) -> tuple[Float[Tensor, "two_r d_in"], Float[Tensor, "d_out two_r"]]:
         a, b, scale = self._both()
         return a, scale * b
 
     def _both(self) -> tuple[Tensor, Tensor, float]:
-        return torch.cat([self.rows, self.lora_A]), torch.cat([self.lora_B, self.columns], dim=1), self.scale
+        return torch.cat([self.ones_in, self.lora_A]), torch.cat([self.lora_B, self.ones_out], dim=1), self.scale
 
     def plain(self) -> tuple[Float[Tensor, "two_r d_in"], Float[Tensor, "d_out two_r"], float]:
         a, b, scale = self._both()
@@ -111,17 +118,25 @@ class ReRandomised(LoRA):
 
     With P (r × d_in) and Q (d_out × r) of independent N(0, 1/r) entries, ΔW = W_acc + (B P + Q A)/√2 and B = A = 0. A
     step of SGD moves it by −η (G PᵀP + Q Qᵀ G)/2, whose mean over P and Q is −η G, the full gradient's step.
-    ``end_step`` folds the product into W_acc and ``begin_step`` draws anew, so optimisers with momentum do not fit. α
-    and scaling are unused.
+    ``end_step`` folds the product into W_acc and ``begin_step`` draws anew, so optimisers with momentum do not fit.
 
     W_acc has full rank: the checkpoint is as large as the matrix, and PEFT's layout cannot hold it.
+
+    Raises:
+        ValueError: for alpha or scaling, since the scale is 1/√2; for an initialisation other than kaiming (A = B = 0).
     """
+
+    inits: ClassVar[tuple[str, ...]] = ("kaiming",)
+    project_in: Tensor
+    project_out: Tensor
+    accumulated: Tensor
 
     def __init__(self, weight: Float[Tensor, "d_out d_in"], rank: int, **options: Any) -> None:
         super().__init__(weight, rank, **options)
+        if given := sorted({"alpha", "scaling"} & options.keys()):
+            raise ValueError(f"{self.name}: re-randomised projections have the scale 1/√2; leave {given[0]} out")
         nn.init.zeros_(self.lora_A)
         nn.init.zeros_(self.lora_B)
-        self.start_A = self.start_B = None
         self.register_buffer("project_in", torch.zeros_like(self.lora_A))  # P
         self.register_buffer("project_out", torch.zeros_like(self.lora_B))  # Q
         self.register_buffer("accumulated", torch.zeros_like(weight, dtype=self.lora_A.dtype))
@@ -131,10 +146,14 @@ class ReRandomised(LoRA):
         for projection in (self.project_in, self.project_out):
             projection.copy_(torch.randn(projection.shape, generator=generator).to(projection) * self.rank**-0.5)
 
+    @property
+    def scale(self) -> float:
+        return 2**-0.5
+
     def factors(self) -> tuple[Float[Tensor, "two_r d_in"], Float[Tensor, "d_out two_r"]]:
         a = torch.cat([self.project_in, self.lora_A])
         b = torch.cat([self.lora_B, self.project_out], dim=1)
-        return a, 2**-0.5 * b
+        return a, self.scale * b
 
     def offset(self) -> Float[Tensor, "d_out d_in"]:
         return self.accumulated

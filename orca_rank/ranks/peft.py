@@ -1,12 +1,34 @@
-"""A rank plan as the arguments of PEFT's `LoraConfig`."""
+"""How PEFT names layers: patterns that reach one layer each, and a rank plan as the arguments of a `LoraConfig`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 THIRD = re.compile(r"((?:.*\.)?qkv)\.[qkv]")  # how layers.qkv=separate names the parts of a fused matrix
+
+
+def exactly(names: Iterable[str]) -> str:
+    """`target_modules` for these layers and no other.
+
+    PEFT reads a list as suffixes, which would reach `aux.head` for `head`; an expression it matches in full.
+    """
+    return "|".join(f"(?:{re.escape(name)})" for name in names)
+
+
+def patterns(values: Mapping[str, T]) -> dict[str, T]:
+    """`rank_pattern` or `alpha_pattern` with a value for each layer: an entry matches its own layer alone."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
+
+
+def value_of(name: str, given: Mapping[str, T], default: T) -> T:
+    """What a pattern table says of a layer, read as PEFT does: the first entry that matches a suffix wins."""
+    for pattern, value in given.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def lora_arguments(ranks: Mapping[str, int], alpha: float | None) -> dict[str, Any]:
@@ -18,10 +40,9 @@ def lora_arguments(ranks: Mapping[str, int], alpha: float | None) -> dict[str, A
     return {
         "r": top,
         "lora_alpha": top if alpha is None else alpha,
-        # PEFT reads a list as suffixes, which would reach `aux.head` for `head`; it matches an expression in full.
-        "target_modules": "|".join(f"(?:{re.escape(name)})" for name in layers),
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, (rank, _) in layers.items()},
-        "alpha_pattern": {f"^{re.escape(name)}": own for name, (_, own) in layers.items()},
+        "target_modules": exactly(layers),
+        "rank_pattern": patterns({name: rank for name, (rank, _) in layers.items()}),
+        "alpha_pattern": patterns({name: own for name, (_, own) in layers.items()}),
     }
 
 

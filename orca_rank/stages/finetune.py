@@ -162,7 +162,8 @@ def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Ta
     tensors = trained_tensors(model)
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
-        write_json(folder / "ranks.json", plan.to_dict())
+        scales = {name: adapter.scale for name, adapter in adapters.adapters(model.body).items()}
+        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales})
         try:
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:

@@ -46,11 +46,16 @@ def make_trainable(
     """Freeze the model, then free what the config trains: adapter (see `adapter_module`), embedder, predictor.
 
     Raises:
-        ValueError: for an unknown adapter.method.
+        ValueError: for an unknown adapter.method, or a plan that adapts no layer.
     """
     method = config.adapter.method
     model.requires_grad_(False)
     if method == "inject":
+        if plan is None or not any(plan.ranks.values()):
+            raise ValueError(
+                f"the rank plan adapts no layer: all {0 if plan is None else len(plan)} ranks are 0. Raise the budget, "
+                "rank.r or layers.target, or set adapter=linear_probe to keep the body frozen on purpose"
+            )
         inject(model.body, plan, adapter=build(adapter))
     elif method == "full":
         model.body.requires_grad_(True)
