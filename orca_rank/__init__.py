@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from orca_rank.fitted import load
 
 __all__ = ["load"]
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -2,37 +2,160 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import shlex
+import signal
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import hydra
-import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
-from threadpoolctl import threadpool_limits
 
+from orca_rank import __version__
+from orca_rank.artifacts.command import remember
 from orca_rank.build import build
+from orca_rank.errors import foreseen
 
 _CHECKOUT = Path(__file__).parents[1] / "conf"
 CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).parent / "conf"
+# Options that say where and how the demo runs; with any other a command starts from the base config.
+DEMO_TOO = ("run=", "seed=", "threads=", "force=", "paths.", "logger=", "logger.", "trainer.", "hydra")
+BUG = (
+    "error: nobody foresaw this one, so it is a bug: in orca_rank, or in code of yours that the config names.\n"
+    "Please report it with the lines above and what `python -m orca_rank stage=doctor` prints."
+)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(config: DictConfig) -> None:
-    """Run the configured stage; an error is one message on stderr and exit status 1."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM: no Exception, so that nothing on the way takes it for an error of its own."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status."""
+    if "--version" in arguments:
+        print(f"orca_rank {__version__}")
+        return 0
+    sys.argv[1:] = with_demo(arguments)
+    _listen()
+    failed: list[str] = []
     try:
-        if config.threads is not None:
-            threadpool_limits(int(config.threads))
-            torch.set_num_threads(int(config.threads))
-        build(config.stage)(config)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from the last checkpoint")
+        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed))()
+    except Stopped as stop:
+        number = signal.Signals(stop.args[0])
+        again = shlex.join(["python", "-m", "orca_rank", *arguments])
+        print(f"\nstopped by {number.name}; the same command goes on where it stopped:\n  {again}", file=sys.stderr)
+        return 128 + number
+    finally:
+        if failed:
+            print(f"\n{len(failed)} of the sweep's points failed:", *failed, sep="\n  ", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def with_demo(arguments: Sequence[str]) -> list[str]:
+    """The command line with experiment=demo where it says nothing but where and how to run."""
+    options = [i for i, one in enumerate(arguments) if not one.startswith("-") and ("=" in one or one.startswith("~"))]
+    if not all(arguments[i].lstrip("+").startswith(DEMO_TOO) for i in options):
+        return list(arguments)
+    # Beside the other options: argparse takes them from one place only.
+    place = options[-1] + 1 if options else len(arguments)
+    return [*arguments[:place], "experiment=demo", *arguments[place:]]
+
+
+def _job(config: DictConfig, failed: list[str]) -> None:
+    """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs."""
+    hydra_config = HydraConfig.get()
+    options = list(hydra_config.overrides.task)
+    theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+    remember(options, [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))])
+    try:
+        check(config)
+        with _imports():
+            stage = build(config.stage)
+            _limit(config.threads)
+        stage(config)
     except Exception as error:
-        if os.environ.get("ORCA_RANK_TRACEBACK"):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f"error: {message}\n(ORCA_RANK_TRACEBACK=1 shows where)")
+        message = _show(error)
+        if hydra_config.mode != RunMode.MULTIRUN:
+            sys.exit(1)
+        if not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
+            raise  # in a process of its own, where nobody reads the list
+        failed.append(f"{' '.join(options)}: {message}")
+
+
+def check(config: DictConfig) -> None:
+    """Refuse values of the top-level options that no stage could work with.
+
+    Raises:
+        ValueError: saying which option, what was received and what is expected.
+    """
+    run = Path(str(config.run))
+    if config.run is None or not run.parts or run.is_absolute() or ".." in run.parts:
+        raise ValueError(f"run must be a name, or a path below paths.runs, received {config.run!r}")
+    for name, folder in config.paths.items():
+        if not isinstance(folder, str) or not folder:
+            raise ValueError(f"paths.{name} must be a folder, received {folder!r}")
+    if config.threads is not None and not (type(config.threads) is int and config.threads >= 1):
+        raise ValueError(f"threads must be null or a whole number of at least 1, received {config.threads!r}")
+    if not (type(config.seed) is int and 0 <= config.seed < 2**32):
+        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, received {config.seed!r}")
+    if not isinstance(config.force, bool):
+        raise ValueError(f"force must be true or false, received {config.force!r}")
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """No garbage collection while a million objects that stay are made: a seventh less time for importing them."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _limit(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(threads)
+        torch.set_num_threads(threads)
+
+
+def _show(error: Exception) -> str:
+    """Print an error as its kind deserves; its message in one piece."""
+    message = foreseen(error)
+    if message is None:
+        traceback.print_exception(error)
+        print(f"\n{BUG}", file=sys.stderr)
+        return f"{type(error).__name__}: {error}"
+    if os.environ.get("ORCA_RANK_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {message}\n(ORCA_RANK_TRACEBACK=1 shows where)", file=sys.stderr)
+    return message
+
+
+def _listen() -> None:
+    """End with a sentence and a status that is not 0 when the user or the cluster stops the command."""
+    parent = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != parent:  # a worker that was forked from here dies as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job of nohup
+            signal.signal(number, stop)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from orca_rank.adapters import adapter_state_dict, inject
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build
@@ -70,7 +71,7 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     if result.unexpected_keys or missing:
         raise ValueError(
             f"{folder / 'model.safetensors'} does not fit its own config: it lacks {missing[:3]} and has beside them "
-            f"{result.unexpected_keys[:3]}; run `python -m orca_rank stage=finetune force=true`"
+            f"{result.unexpected_keys[:3]}; run `{command('stage=finetune', 'force=true')}`"
         )
     return Fitted(model, task, metrics).eval().requires_grad_(False)
 
@@ -88,7 +89,7 @@ def chosen_folder(folder: Path, tag: str | None) -> Path:
             )
         return done[names.index(tag)]
     if not done:
-        raise FileNotFoundError(f"no finished fine-tune in {folder}: run `python -m orca_rank stage=finetune` first")
+        raise FileNotFoundError(f"no finished fine-tune in {folder}: run `{command('stage=finetune')}` first")
     if len(done) > 1:
         raise ValueError(f"{folder} holds {len(done)} fine-tunes, choose one by its tag: {', '.join(names)}")
     return done[0]

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+import orca_rank
+from orca_rank.__main__ import with_demo
+from orca_rank.artifacts.command import command as same_command
+from orca_rank.artifacts.command import remember
 from orca_rank.build import build
+from orca_rank.errors import foreseen
 from orca_rank.stages import doctor
+from orca_rank.weights import shipped
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def command(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(README.parent), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{README.parent}{os.pathsep}{folder}",
+        "COLUMNS": "120",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         [sys.executable, "-m", "orca_rank", *options], cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -34,12 +48,91 @@ def shown_commands() -> list[list[str]]:
     ]
 
 
-def test_an_error_is_one_message_and_status_1(tmp_path: Path) -> None:
-    done = command(tmp_path, "stage=finetune", "data=cifar100", "paths.data=nowhere")
+# A stage of a user's own in a module beside the command: it fails, or waits, as the test asks.
+STAGE = """
+import os, signal, time
+from pathlib import Path
+
+
+def run(config, do):
+    Path(f"ran-{config.seed}").touch()
+    if do == "wait":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    if do == "fail" and config.seed == 1:
+        [].pop()
+"""
+
+
+def with_stage(folder: Path, do: str) -> list[str]:
+    """Options that run the stage above."""
+    (folder / "mine.py").write_text(STAGE)
+    return ["stage=doctor", "stage._target_=mine.run", f"+stage.do={do}", "hydra.sweep.dir=sweep"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["stage=finetune", "data=cifar100", "paths.data=nowhere"], "CIFAR-100 is missing"),
+        (["threads=abc"], "threads must be null or a whole number of at least 1, received 'abc'"),
+        (["stage=plan", "run=../../x"], "run must be a name, or a path below paths.runs, received '../../x'"),
+    ],
+)
+def test_an_error_that_can_be_mended_is_one_message(tmp_path: Path, options: list[str], message: str) -> None:
+    done = command(tmp_path, *options)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: CIFAR-100 is missing")
+    assert done.stderr.startswith(f"error: {message}")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_goes_on_after_a_bug_and_lists_it(tmp_path: Path) -> None:
+    done = command(tmp_path, "-m", *with_stage(tmp_path, "fail"), "seed=0,1,2")
+    assert done.returncode == 1
+    assert [path.name for path in sorted(tmp_path.glob("ran-*"))] == ["ran-0", "ran-1", "ran-2"]
+    assert done.stderr.count("[].pop()") == 1, "the traceback of a bug shows the line"
+    assert "it is a bug" in done.stderr
+    summary = done.stderr[done.stderr.index("1 of the sweep's points failed:") :]
+    assert "seed=1: IndexError: pop from empty list" in summary
+
+
+def test_sigterm_ends_with_a_sentence_and_its_own_status(tmp_path: Path) -> None:
+    options = with_stage(tmp_path, "wait")
+    done = command(tmp_path, *options)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the same command goes on" in done.stderr
+    assert shlex.join(["python", "-m", "orca_rank", *options]) in done.stderr
+
+
+def test_only_a_command_that_names_nothing_but_where_and_how_is_the_demo() -> None:
+    demo = ["experiment=demo"]
+    assert with_demo([]) == demo
+    assert with_demo(["run=x", "paths.runs=/r", "--cfg", "job"]) == ["run=x", "paths.runs=/r", *demo, "--cfg", "job"]
+    assert with_demo(["-m", "seed=0,1", "logger=wandb"]) == ["-m", "seed=0,1", "logger=wandb", *demo]
+    for option in (
+        "stage=align",
+        "data=digits",
+        "rank.r=2",
+        "finetune.epochs=3",
+        "+data.x=1",
+        "~logger",
+        "experiment=own",
+    ):
+        assert with_demo(["threads=1", option]) == ["threads=1", option]
+
+
+def test_the_base_config_inherits_nothing_from_the_demo(composed: Callable[..., DictConfig]) -> None:
+    base, demo = composed(), composed("experiment=demo")
+    assert (base.run, base.threads, base.finetune.epochs, base.align.epochs) == ("default", None, 100, 60)
+    assert (base.budget.mean_rank, base.budget.parameters, base.measure.compare) == (4, None, {})
+    assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 12, 20)
+    assert base.rank["_target_"].endswith(".uniform")
+
+
+def test_cfg_job_shows_where_a_command_starts(tmp_path: Path) -> None:
+    assert "run: demo\n" in command(tmp_path, "--cfg", "job").stdout
+    assert "run: default\n" in command(tmp_path, "stage=align", "--cfg", "job").stdout
+    assert command(tmp_path, "--version").stdout == f"orca_rank {orca_rank.__version__}\n"
 
 
 @pytest.mark.slow
@@ -54,7 +147,7 @@ def test_a_sweep_leaves_one_result_for_each_rank(tmp_path: Path) -> None:
     ]
     done = command(tmp_path, "-m", "stage=finetune", "rank=uniform", "rank.r=1,2", *tiny)
     assert done.returncode == 0, done.stderr
-    found = sorted(path.parent.name for path in tmp_path.glob("runs/demo/finetune/*/metrics.json"))
+    found = sorted(path.parent.name for path in tmp_path.glob("runs/default/finetune/*/metrics.json"))
     assert [name.split("-s0")[0] for name in found] == ["lora-uniform-r1", "lora-uniform-r2"]
 
 
@@ -96,4 +189,37 @@ def test_doctor_says_what_it_finds(
 def test_the_chain_runs_the_stages_it_is_given(composed: Callable[..., DictConfig]) -> None:
     config = composed("stage=all", "stage.stages=[plan]", "rank=uniform", "rank.r=1", "plan.rules=[]")
     build(config.stage)(config)
-    assert (Path(config.paths.runs) / "demo" / "plan" / "plan.json").exists()
+    assert (Path(config.paths.runs) / "default" / "plan" / "plan.json").exists()
+
+
+def test_the_next_command_is_the_user_s_own_with_another_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orca_rank.artifacts.command._given", ())
+    monkeypatch.setattr("orca_rank.artifacts.command._flags", ())
+    assert same_command("stage=measure run=x") == "python -m orca_rank stage=measure run=x"
+    given = ["stage=all", "rank=ibp_count", "+rank.a=2", "data.train=my files.npz", "paths.runs=r", "force=true"]
+    remember(given, ["--config-dir", "my conf"])
+    assert shlex.split(same_command("stage=finetune", "rank=uniform")) == [
+        *("python", "-m", "orca_rank", "--config-dir", "my conf"),
+        *("data.train=my files.npz", "paths.runs=r", "stage=finetune", "rank=uniform"),
+    ]
+    assert shlex.split(same_command("stage=align force=true"))[-2:] == ["stage=align", "force=true"]
+
+
+def test_what_was_raised_on_purpose_is_told_from_bugs(tmp_path: Path) -> None:
+    def message(function: Callable[[], object]) -> str | None:
+        with pytest.raises(Exception) as caught:
+            function()
+        return foreseen(caught.value)
+
+    # Raised by this package, whatever the type: its message is the whole story.
+    assert message(lambda: build({})) == "this part of the config names no _target_ to build: {}"
+    assert "no weights 'x' come with" in str(message(lambda: shipped("x")))
+    # Refused by the system, or by a library that was given the user's options.
+    assert message(lambda: (tmp_path / "none").read_text()) == f"{tmp_path / 'none'}: No such file or directory"
+    node = OmegaConf.create({"_target_": "lightning.Trainer", "devices": "two"})
+    assert "could not build lightning.Trainer" in str(message(lambda: build(node)))
+    assert "smaller data.batch_size" in str(message(lambda: torch.empty(2**58)))
+    # Mistakes of ours and errors out of libraries stay bugs.
+    assert message(lambda: shipped(None)) is None
+    assert message(lambda: torch.ones(2) @ torch.ones(3)) is None
+    assert message(lambda: {}["x"]) is None

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from orca_rank.artifacts.command import command
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -69,15 +71,15 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
         FileNotFoundError: if it is missing. ValueError: if it is damaged, or of another schema.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `python -m orca_rank {made_by}` first")
+        raise FileNotFoundError(f"{path} is missing: run `{command(made_by)}` first")
     try:
         payload = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): run `python -m orca_rank {made_by} force=true`") from error
+        raise ValueError(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
     found = payload.get("schema") if isinstance(payload, dict) else None
     if found != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found}, this version reads {SCHEMA}: run `python -m orca_rank {made_by} force=true`"
+            f"{path} has schema {found}, this version reads {SCHEMA}: run `{command(made_by, 'force=true')}`"
         )
     return payload
 
@@ -100,12 +102,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
     """Read safetensors that `python -m orca_rank <made_by>` writes; errors as in `read_json`."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run `python -m orca_rank {made_by}` first")
+        raise FileNotFoundError(f"{path} is missing: run `{command(made_by)}` first")
     try:
         with safe_open(path, framework="pt") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): run `python -m orca_rank {made_by} force=true`") from error
+        raise ValueError(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
 
 
 def _jsonable(value: Any) -> Any:

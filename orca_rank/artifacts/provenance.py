@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_json
 
 # Where files lie, and how hard the machine is worked, change nothing in a result.
@@ -70,11 +71,9 @@ def check_inputs(path: Path, payload: Mapping[str, Any], made_by: str) -> None:
     for name, expected in payload["inputs"].items():
         source = path.parent.parent / name
         if not source.exists():
-            raise FileNotFoundError(
-                f"{path} was made from {source}, which is gone: run `python -m orca_rank {made_by}`"
-            )
+            raise FileNotFoundError(f"{path} was made from {source}, which is gone: run `{command(made_by)}`")
         if _hash_as_of(source, source.stat().st_mtime_ns) != expected:
-            raise ValueError(f"{source} changed after {path} was made from it: run `python -m orca_rank {made_by}`")
+            raise ValueError(f"{source} changed after {path} was made from it: run `{command(made_by)}`")
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

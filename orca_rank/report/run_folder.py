@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from orca_rank.artifacts.command import command as same_command
 from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.provenance import check_inputs
 from orca_rank.task import Task
@@ -110,7 +111,7 @@ def made_by(config: DictConfig, stage: str) -> str:
 
 def command(config: DictConfig, stage: str) -> str:
     """The command that runs a stage in this run folder."""
-    return f"python -m orca_rank {made_by(config, stage)}"
+    return same_command(made_by(config, stage))
 
 
 def summary(tunes: Sequence[Tune]) -> list[Record]:
@@ -183,7 +184,7 @@ def _read(run: RunFolder, config: DictConfig, name: str, stage: str, what: str, 
 
 def _require(path: Path, payload: Mapping[str, Any], keys: Sequence[str], made: str) -> None:
     if lacking := [key for key in keys if key not in payload]:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}: run `python -m orca_rank {made} force=true`")
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: run `{same_command(made, 'force=true')}`")
 
 
 def _curve(path: Path, made: str, columns: Sequence[str]) -> Rows:
@@ -194,7 +195,7 @@ def _curve(path: Path, made: str, columns: Sequence[str]) -> Rows:
         with open(path, newline="") as stream:
             rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(stream)]
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `python -m orca_rank {made} force=true`") from error
+        raise ValueError(f"{path} is damaged ({error}): run `{same_command(made, 'force=true')}`") from error
     for row in rows:
         _require(path, row, columns, made)
     return rows

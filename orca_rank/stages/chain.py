@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import importlib
-import shlex
-import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
 from rich.console import Console
 
+from orca_rank.artifacts.command import command
+
 
 def run(config: DictConfig, stages: Sequence[str]) -> None:
     """Run the named stages of one run folder, one after the other."""
     console = Console()
-    for position, stage in enumerate(stages, 1):
+    # All at once, so that a module that cannot be imported says so before the work.
+    verbs = [importlib.import_module(f"orca_rank.stages.{stage}") for stage in stages]
+    for position, (stage, verb) in enumerate(zip(stages, verbs, strict=True), 1):
         console.rule(f"{position}/{len(stages)} {stage}", align="left")
-        importlib.import_module(f"orca_rank.stages.{stage}").run(config)
-    chosen = [option for option in sys.argv[1:] if not option.startswith(("stage=", "rank=", "rank.", "-"))]
-    same = shlex.join(["python", "-m", "orca_rank", *chosen])
+        verb.run(config)
+    other = "uniform" if "uniform" not in str(config.rank["_target_"]) else "proportional"
     console.print(
         f"\nnext: another rule at the same budget, and its place in the report:\n"
-        f"  {same} stage=finetune rank=uniform\n"
-        f"  {same} stage=report",
+        f"  {command('stage=finetune', f'rank={other}')}\n"
+        f"  {command('stage=report')}",
         soft_wrap=True,
         markup=False,
     )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_json, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
@@ -157,7 +158,7 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
         return config
     console.print(
         f"no aligned embedder at {aligned_embedder(config)}: measuring with the embedder's initialisation "
-        f"(embedder.init={config.embedder.init}); `python -m orca_rank stage=align run={config.run}` makes one",
+        f"(embedder.init={config.embedder.init}); `{command('stage=align')}` makes one",
         soft_wrap=True,
     )
     config = copy.deepcopy(config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 from torch import nn
 
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import adaptable_layers
@@ -31,8 +32,8 @@ def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
     if names != set(measured):
         raise ValueError(
             f"{path} measured other layers than layers.target={config.layers.target!r} layers.qkv={config.layers.qkv} "
-            f"choose (for example {sorted(names ^ set(measured))[:2]}): run `python -m orca_rank stage=measure "
-            f"run={config.run} force=true`, or use another run"
+            f"choose (for example {sorted(names ^ set(measured))[:2]}): run "
+            f"`{command('stage=measure', 'force=true')}`, or use another run"
         )
     for layer in layers:
         record = measured[layer.name]

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.provenance import key, plain, select
 from orca_rank.backbone import OrcaModel, create_model, source_model
@@ -51,7 +52,7 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
         path = aligned_embedder(config)
         if not path.exists():
             raise FileNotFoundError(
-                f"{path} is missing: run `python -m orca_rank stage=align run={config.run}` first, or set "
+                f"{path} is missing: run `{command('stage=align')}` first, or set "
                 f"embedder.aligned=false to use the {config.embedder.init} initialisation"
             )
         state = read_tensors(path, "stage=align")
@@ -60,7 +61,7 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
         except RuntimeError as error:
             raise ValueError(
                 f"{path} does not fit this backbone and target ({str(error).splitlines()[-1].strip()}): run "
-                f"`python -m orca_rank stage=align run={config.run} force=true`"
+                f"`{command('stage=align', 'force=true')}`"
             ) from error
     return model
 
