@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -10,12 +11,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR100
 
+from orca_rank import normaliser
 from orca_rank.data import cifar
 from orca_rank.data.arrays import Arrays, pseudo_labels
 from orca_rank.data.cifar import Cifar100, crop_and_flip
 from orca_rank.data.digits import Digits
-from orca_rank.data.module import channel_statistics, stratified_order
+from orca_rank.data.splits import stratified_order
+from orca_rank.normaliser import Normaliser
 
 
 def everything(data, part):
@@ -41,13 +45,14 @@ def test_every_prefix_of_the_order_is_stratified():
     assert not np.array_equal(order, stratified_order(labels, seed=4))
 
 
-def test_channel_statistics_over_chunks_and_constant_channels():
+def test_channel_statistics_over_chunks_and_constant_channels(monkeypatch):
     x = torch.randint(0, 256, (50, 3, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x[:, 2] = 7
-    mean, std = channel_statistics(x, chunk=8)
-    torch.testing.assert_close(mean.flatten(), x.float().mean((0, 2, 3)))
-    torch.testing.assert_close(std.flatten()[:2], x.float().std((0, 2, 3), correction=0)[:2])
-    assert std[2] == 1
+    monkeypatch.setattr(normaliser, "_CHUNK", 8 * 60)
+    fitted = Normaliser.fit(x, "channel")
+    torch.testing.assert_close(fitted.mean.flatten(), x.double().mean((0, 2, 3)))
+    torch.testing.assert_close(fitted.std.flatten()[:2], x.double().std((0, 2, 3), correction=0)[:2])
+    assert fitted.std[2] == 0 and not fitted.encode(x + 1)[:, 2].any()  # what never varied says nothing
 
 
 # ---------------------------------------------------------------- digits
@@ -127,7 +132,8 @@ def test_a_file_with_another_md5_is_never_unpickled(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"cifar-100-python.*paths\.data"):
         data.setup()
     folder.mkdir()
-    (folder / "train").write_bytes(pickle.dumps(Hostile()))
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(ValueError, match="md5"):
         data.setup()
     assert not (tmp_path / "unpickled").exists()
@@ -137,14 +143,18 @@ def test_cifar_parts_from_files_of_the_official_layout(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     random = np.random.default_rng(0)
-    for part, count in (("train", 300), ("test", 100)):
+    for part, count in (("train", 300), ("test", 100), ("meta", 0)):
         batch = {
             "data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
             "fine_labels": [*range(100)] * (count // 100),
+            "fine_label_names": [str(number) for number in range(100)],
         }
         (folder / part).write_bytes(pickle.dumps(batch))
-        digest = cifar.hashlib.md5((folder / part).read_bytes(), usedforsecurity=False).hexdigest()
-        monkeypatch.setitem(cifar.OFFICIAL_MD5, part, digest)
+        digest = hashlib.md5((folder / part).read_bytes(), usedforsecurity=False).hexdigest()
+        name, value = (
+            ("meta", {**CIFAR100.meta, "md5": digest}) if part == "meta" else (f"{part}_list", [[part, digest]])
+        )
+        monkeypatch.setattr(CIFAR100, name, value)
     data = Cifar100(root=tmp_path, train_limit=200, test_limit=50, batch_size=60)
     assert sizes(data) == [180, 20, 50]
     x, y = next(iter(data.train_dataloader()))
@@ -296,7 +306,7 @@ NAN[3, 0, 0, 0] = np.nan
         ({"x": np.array([["text"]])}, "dtype"),
         ({"x": np.ones((40, 40, 40, 3), np.float32)}, "channels='first'"),
         ({"y": Y[:-1]}, "one for every input"),
-        ({"y": Y.astype(float)}, "integer labels"),
+        ({"y": Y + 0.5}, "integer labels"),
         ({"y": Y - 1}, "smallest is -1"),
         ({"y": 0 * Y}, "at least 2 classes"),
         ({"x": X[:3], "y": Y[:3]}, "at least 4"),

@@ -1,9 +1,11 @@
-"""Reading inputs and targets from npz, npy, h5 and pt files."""
+"""Reading named arrays from npz, npy, h5 and pt files that may be damaged, hostile or larger than they look."""
 
 from __future__ import annotations
 
+import _codecs
+import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,75 +13,214 @@ import h5py
 import numpy as np
 import torch
 
+from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
+
 FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file, or a pair [x.npy, y.npy]"
+MEND = "write it again, or set data.train (source.train, data.test) to another file"
 
 
 def read_arrays(
-    root: Path, files: str | Sequence[str], x: str, y: str | None
+    root: Path, files: str | Sequence[str], x: str, y: str | None, *, optional: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None, str]:
     """Inputs, targets (None if y is None) and a name for error messages.
 
     Args:
         root: folder that relative names are relative to.
         files: one npz, h5 or pt file (a dictionary of tensors), or a pair of npy files.
-        x, y: names of the two arrays inside the file.
+        x, y: names of the two arrays inside the file; train/x is x in the group train.
+        optional: do without y where the file has none; x may then be one npy file.
 
     Raises:
-        FileNotFoundError: for a missing file. KeyError: for a missing array. ValueError: for a file that cannot be
-            read, holds Python objects, or has another format.
+        FileNotFoundError: for a missing file. KeyError: for a missing array. ValueError: for another format.
+        DamagedFile: for a file that cannot be read, holds Python objects, or declares an array beyond the limit.
     """
+    single = files if isinstance(files, str) else files[0] if len(files) == 1 else None
+    if single is not None and single.endswith(".npy") and (optional or y is None):
+        return read_npy(_there(root / single)), None, single
     if not isinstance(files, str):
         if len(files) != 2 or not all(name.endswith(".npy") for name in files):
             raise ValueError(f"expected {FORMATS}; received {list(files)}")
-        pair = [_read(root / name, []) for name in files]
-        return pair[0][""], pair[1][""] if y is not None else None, " and ".join(files)
+        paths = [_there(root / name) for name in files]
+        return read_npy(paths[0]), None if y is None else read_npy(paths[1]), " and ".join(files)
     if files.endswith(".npy"):
         raise ValueError(f"one .npy file is not enough, expected {FORMATS}; received {files!r}")
-    arrays = _read(root / files, [x] if y is None else [x, y])
-    return arrays[x], None if y is None else arrays[y], files
+    path = _there(root / files)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"cannot read {path}: unknown format {path.suffix!r}; expected {FORMATS}")
+    names = [x] if y is None else [x, y]
+    try:
+        arrays = reader(path, names)
+    except MissingArray as error:
+        if not (optional and error.name == y):
+            raise
+        arrays = reader(path, [x])
+    return arrays[x], None if y is None else arrays.get(y), files
 
 
-def _read(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+class MissingArray(KeyError):
+    """A file without an array of that name."""
+
+    def __init__(self, path: Path, name: str, found: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} has no array {name!r}; it holds {sorted(found)[:20]}: set the option x or y to its name"
+        )
+        self.name = name
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of an npy file, no larger than the limit and without Python objects."""
+    with reading(path, MEND), open(path, "rb") as stream:
+        _check_header(path, "its array", stream)
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def read_npz(path: Path, names: Sequence[str], mend: str = MEND) -> dict[str, np.ndarray]:
+    """The named arrays of an npz file, each no larger than the limit and without Python objects.
+
+    Raises:
+        MissingArray: for one that is not there. DamagedFile: see `reading`, with what mends it.
+    """
+    with reading(path, mend):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        found = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        for name in names:
+            if name not in found:
+                raise MissingArray(path, name, list(found))
+        arrays = {}
+        for name in names:
+            with reading(path, mend):
+                entry = archive.getinfo(found[name])
+                with archive.open(entry) as stream:
+                    size = _check_header(path, repr(name), stream)
+                    if entry.file_size != stream.tell() + size:
+                        raise ValueError(f"{name!r} is not as long as its header says")
+                with archive.open(entry) as stream:
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+                    stream.read(1)  # the end, where the checksum is looked at
+        return arrays
+
+
+def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named datasets of an HDF5 file, each no larger than the limit; strings as NumPy strings."""
+    with reading(path, MEND):
+        file = h5py.File(path, "r")
+    with file:
+        arrays = {}
+        for name in names:
+            with reading(path, MEND):
+                item = file.get(name)
+            if not isinstance(item, h5py.Dataset):
+                raise MissingArray(path, name, h5_names(path, file))
+            with reading(path, MEND):
+                if item.shape is None:
+                    raise ValueError(f"{name!r} is empty")
+                check_size(path, repr(name), item.shape, item.dtype.itemsize)
+                if h5py.check_string_dtype(item.dtype) is not None:
+                    arrays[name] = np.asarray(item.asstr()[()], dtype=str)
+                else:
+                    arrays[name] = np.asarray(item[()])
+        return arrays
+
+
+def h5_names(path: Path, file: h5py.File) -> list[str]:
+    """Full names of all datasets of an HDF5 file."""
+    names: list[str] = []
+    with reading(path, MEND):
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names
+
+
+def read_pt(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The named tensors or NumPy arrays of a dictionary, whatever else of plain values it holds; nothing is executed.
+
+    A name like train/x is x in the dictionary train.
+    """
+    with reading(path, f"save a dictionary of tensors with torch.save, or {MEND}"):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            check_size(path, "tensors", (size,), 1)
+        content = load_plain(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
+    arrays = {}
+    for name in names:
+        value = _entry(content, name)
+        if value is None:
+            raise MissingArray(path, name, _entries(content))
+        if not isinstance(value, torch.Tensor | np.ndarray):
+            raise DamagedFile(f"cannot read {path}: {name!r} is a {type(value).__name__}, not a tensor: {MEND}")
+        with reading(path, MEND):
+            size = value.itemsize if isinstance(value, np.ndarray) else value.element_size()
+            check_size(path, repr(name), value.shape, size)  # a view may be larger than what it looks at
+            arrays[name] = value if isinstance(value, np.ndarray) else _as_numpy(value)
+    return arrays
+
+
+def load_plain(path: Path) -> Any:
+    """torch.load of tensors, NumPy arrays and plain values; anything that would run code is an error."""
+    array = np.zeros(1)
+    scalar = array[0].__reduce__()[0]
+    numpy = [array.__reduce__()[0], scalar, np.ndarray, np.dtype, _codecs.encode]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?SU"}
+    with torch.serialization.safe_globals([*numpy, *kinds]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+READERS: dict[str, Callable[[Path, Sequence[str]], dict[str, np.ndarray]]] = {
+    ".npz": read_npz,
+    ".h5": read_h5,
+    ".hdf5": read_h5,
+    ".pt": read_pt,
+    ".pth": read_pt,
+}
+
+
+def _there(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing: set paths.data (or ORCA_RANK_DATA) to the folder that holds it, or give its full path"
         )
-    try:
-        if path.suffix == ".npy":
-            arrays = {"": np.load(path, allow_pickle=False)}
-        elif path.suffix == ".npz":
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in _present(path, list(file.files), names)}
-        elif path.suffix in (".h5", ".hdf5"):
-            with h5py.File(path, "r") as file:
-                arrays = {name: np.asarray(file[name][()]) for name in _present(path, list(file.keys()), names)}
-        elif path.suffix in (".pt", ".pth"):
-            content = _load_tensors(path)
-            if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-                raise ValueError("it does not hold a dictionary of tensors")
-            found = {str(key): value for key, value in content.items()}
-            arrays = {name: _as_numpy(found[name]) for name in _present(path, list(found), names)}
-        else:
-            raise ValueError(f"unknown format {path.suffix!r}; expected {FORMATS}")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    return arrays
+    return path
 
 
-def _load_tensors(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
-        raise ValueError(f"it is damaged, or holds more than tensors ({type(error).__name__})") from error
+def _check_header(path: Path, name: str, stream: Any) -> int:
+    """Bytes of an array in the npy format, after a look at its shape and dtype; the stream is then at the first."""
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name} has version {version} of the npy format, expected 1 or 2")
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not loaded: save numbers or strings")
+    check_size(path, name, shape, dtype.itemsize)
+    return math.prod(shape) * dtype.itemsize
 
 
-def _present(path: Path, found: list[str], wanted: list[str]) -> list[str]:
-    for name in wanted:
-        if name not in found:
-            raise KeyError(f"{path} has no array {name!r}; it holds {sorted(found)}: set the option x or y to its name")
-    return wanted
+def _entry(content: Mapping[Any, Any], name: str) -> Any:
+    if name in content:
+        return content[name]
+    first, _, rest = name.partition("/")
+    inner = content.get(first)
+    return _entry(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _entries(content: Mapping[Any, Any], prefix: str = "") -> list[str]:
+    """Names of all tensors in a dictionary of dictionaries."""
+    names = []
+    for name, value in content.items():
+        if isinstance(value, dict):
+            names += _entries(value, f"{prefix}{name}/")
+        elif isinstance(value, torch.Tensor | np.ndarray):
+            names.append(f"{prefix}{name}")
+    return names
 
 
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"a tensor of layout {tensor.layout} and dtype {tensor.dtype}, expected plain numbers")
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -96,7 +96,7 @@ def crop_matrix(
     count: int, scale: Sequence[float], ratio: float, flip: bool, random: np.random.Generator
 ) -> Float[Tensor, "b 2 3"]:
     """Affine maps from the output's coordinates in [−1, 1]² to a random crop inside the input's [−1, 1]²."""
-    area = random.uniform(*scale, size=count)
+    area = random.uniform(scale[0], scale[1], size=count)
     aspect = np.exp(random.uniform(-math.log(ratio), math.log(ratio), size=count))
     width, height = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
     x = random.uniform(-1, 1, size=count) * (1 - width)

@@ -7,7 +7,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash
+from orca_rank.data.checks import check_inputs, check_targets
 from orca_rank.data.darcy_data import DarcyArrays, generate, read_mat, subsampled_size
 from orca_rank.data.darcy_field import gaussian_field, sample_coefficient
-from orca_rank.data.darcy_solver import solve, solve_all
-from orca_rank.data.module import InMemory, Parts, stratified_order, take_validation
-from orca_rank.task import Normaliser, Task
+from orca_rank.data.darcy_solver import MODES, solve, solve_all
+from orca_rank.data.mat_files import grid_of
+from orca_rank.data.module import InMemory, Parts, check_choice, check_fraction, check_whole
+from orca_rank.data.splits import stratified_order, take_validation
+from orca_rank.task import Normaliser, Task, relative_l2, typical_norm
 
 __all__ = [
     "Darcy",
@@ -44,7 +47,7 @@ class WithCoordinates:
 
     def __call__(self, a: Tensor) -> Float[Tensor, "b 3 k k"]:
         count, _, k, _ = a.shape
-        line = torch.linspace(0, 1, k)
+        line = torch.linspace(0, 1, k, device=a.device)
         x, y = line.expand(count, 1, k, k), line[:, None].expand(count, 1, k, k)
         return torch.cat([self.normaliser.encode(a), x, y], dim=1)
 
@@ -59,17 +62,18 @@ class Darcy(InMemory):
         root: folder of the official .mat files.
         source: "generated" (published-script-equivalent) or "mat".
         train, test: number of samples; ORCA takes the first 1,000 of smooth1 and the first 100 of smooth2.
-        grid, stride: points per side of the solve, and the subsampling; for "mat", stride alone.
+        grid, stride: points per side of the solve, and the subsampling; for "mat" the file says the grid.
         mode: "fno" (the published route) or "clean", see `orca_rank.data.darcy_solver`. Generated data only.
         val_fraction: of the training samples, held out for validation.
         train_limit, test_limit: use only the first so many of `train` and `test`.
         data_seed: of the generated samples and the validation split.
         files: the .mat pair, relative to root.
         workers: processes for generating; null for one per core.
-        batch_size, seed: see `InMemory`.
+        batch_size, seed, statistics: see `InMemory`.
 
     Raises:
-        ValueError: for an unknown source or sizes out of range; FileNotFoundError, ValueError from `read_mat`.
+        ValueError: for an unknown source or sizes out of range, or fields that never vary; FileNotFoundError,
+            DamagedFile, ValueError from `read_mat`.
     """
 
     def __init__(
@@ -94,10 +98,17 @@ class Darcy(InMemory):
         workers: int | None = None,
         batch_size: int = 4,
         seed: int = 0,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(batch_size, seed)
-        if source not in ("generated", "mat"):
-            raise ValueError(f"source must be 'generated' or 'mat', received {source!r}")
+        super().__init__(batch_size, seed, statistics)
+        check_choice("source", source, ("generated", "mat"))
+        check_choice("mode", mode, MODES)
+        for name, value in (("train", train), ("test", test), ("grid", grid), ("stride", stride)):
+            check_whole(name, value)
+        for name, limit in (("train_limit", train_limit), ("test_limit", test_limit), ("workers", workers)):
+            check_whole(name, limit, optional=True)
+        check_whole("data_seed", data_seed, least=0)
+        check_fraction("val_fraction", val_fraction)
         if len(files) != 2:
             raise ValueError(f"files must name the training and the test file, received {list(files)}")
         self.cache, self.root, self.source, self.files = Path(cache), Path(root), source, tuple(files)
@@ -107,9 +118,15 @@ class Darcy(InMemory):
 
     @property
     def outline(self) -> Task:
-        """Shapes of the task without making the data (for .mat files, as `grid` and `stride` say)."""
-        k = subsampled_size(self.grid, self.stride)
+        """Shapes of the task without making the data or reading them."""
+        k = subsampled_size(self.points, self.stride)
         return Task("dense", (3, k, k), (1, k, k))
+
+    @property
+    def points(self) -> int:
+        """Points per side before the subsampling: what a .mat file that is there says, or else `grid`."""
+        path = self.root / self.files[0]
+        return grid_of(path) if self.source == "mat" and path.is_file() else self.grid
 
     @property
     def contents(self) -> str | None:
@@ -144,13 +161,13 @@ class Darcy(InMemory):
         order = stratified_order(np.zeros(len(a), dtype=np.int64), self.data_seed)
         train, val = (torch.from_numpy(np.sort(index)) for index in take_validation(order, self.val_fraction, None))
         k = a.shape[-1]
-        return Parts(
-            task=Task("dense", (3, k, k), (1, k, k), normaliser=Normaliser.fit(u[train])),
-            train=(a[train], u[train]),
-            val=(a[val], u[val]),
-            test=(torch.from_numpy(test.coefficient)[:, None], torch.from_numpy(test.solution)[:, None]),
-            encode=WithCoordinates(Normaliser.fit(a[train])),
-        )
+        parts = {"train": (a[train], u[train]), "val": (a[val], u[val])}
+        parts["test"] = (torch.from_numpy(test.coefficient)[:, None], torch.from_numpy(test.solution)[:, None])
+        inputs = self.inputs(parts["train"][0], "pixel")
+        task = Task("dense", (3, k, k), (1, k, k), Normaliser.fit(u[train]), typical_norm(u[train]))
+        notes = (*check_inputs(parts, inputs), *check_targets(parts, task))
+        encode = WithCoordinates(inputs)
+        return Parts(task, parts["train"], parts["val"], parts["test"], encode, inputs=inputs, notes=notes)
 
 
 def coarse_solve(a: Float[np.ndarray, "n k k"], grid: int | None = None, stride: int = 1) -> Float[np.ndarray, "n k k"]:
@@ -181,6 +198,7 @@ def classical_baseline(data: Darcy, upsample: bool = False) -> float:
             the coarse grid.
     """
     test = data.arrays("test")
-    u = coarse_solve(test.coefficient, data.grid if upsample else None, data.stride).astype(np.float64)
-    error = np.linalg.norm((u - test.solution).reshape(len(u), -1), axis=1)
-    return float((error / np.linalg.norm(test.solution.reshape(len(u), -1), axis=1)).mean())
+    u = coarse_solve(test.coefficient, data.points if upsample else None, data.stride).astype(np.float64)
+    prediction, target = (torch.from_numpy(field.astype(np.float64))[:, None] for field in (u, test.solution))
+    without_norm = (target.flatten(1).abs().amax(1) == 0).any()
+    return float(relative_l2(prediction, target, data.task.typical_norm if without_norm else None).mean())

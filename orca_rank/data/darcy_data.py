@@ -11,21 +11,21 @@ import json
 import multiprocessing
 import os
 import time
-import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
-import scipy.io
 from rich.console import Console
 from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
+from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
+from orca_rank.data.array_files import MissingArray, read_npz
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve_all
+from orca_rank.data.mat_files import read_fields
 
 _LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}
 _CHUNK = 16  # samples between two steps of the progress bar
@@ -33,7 +33,7 @@ _WORTH_PROCESSES = 2e7  # grid points; below, starting processes costs more than
 
 
 class DarcyArrays(NamedTuple):
-    """coefficient and solution, each (n, k, k) float32, and how they were made (empty for .mat files)."""
+    """coefficient and solution, each (n, k, k), and how they were made (empty for .mat files)."""
 
     coefficient: np.ndarray
     solution: np.ndarray
@@ -74,7 +74,7 @@ def generate(
         progress: show a bar on a terminal.
 
     Raises:
-        ValueError: for parameters out of range, or a damaged cache file.
+        ValueError: for parameters out of range. DamagedFile: for a damaged cache file.
     """
     subsampled_size(grid, stride)
     if n < 1 or (workers is not None and workers < 1):
@@ -160,52 +160,23 @@ def _write(path: Path, data: DarcyArrays) -> None:
 
 
 def _read(path: Path) -> DarcyArrays:
+    mend = "delete the file to make the data again"
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return DarcyArrays(file["coefficient"], file["solution"], json.loads(str(file["metadata"])))
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"the cached Darcy data {path} are damaged ({error}): delete the file to make them again"
-        ) from error
+        arrays = read_npz(path, ("coefficient", "solution", "metadata"), mend)
+    except MissingArray as error:
+        raise DamagedFile(f"the cached Darcy data {path} lack {error.name!r}: {mend}") from error
+    a, u = arrays["coefficient"], arrays["solution"]
+    with reading(path, mend):
+        if a.shape != u.shape or a.ndim != 3 or a.dtype != np.float32 or u.dtype != np.float32:
+            raise ValueError(f"coefficient {a.shape} {a.dtype} and solution {u.shape} {u.dtype}")
+        return DarcyArrays(a, u, json.loads(str(arrays["metadata"])))
 
 
 def read_mat(path: str | Path, stride: int = 1, limit: int | None = None) -> DarcyArrays:
     """The first `limit` samples of an official .mat file (version 5 or 7.3), every `stride`-th point.
 
-    The file holds `coeff` and `sol`, (n, s, s) in MATLAB's order of axes; version 7.3 stores them reversed.
-
     Raises:
-        FileNotFoundError: if it is missing. ValueError: if it is not such a file, or has NaN.
+        FileNotFoundError: if it is missing. DamagedFile: if it cannot be read. ValueError: if it holds other arrays, or
+            NaN.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: put the official piececonst_r421_N1024_smooth1.mat and …smooth2.mat into the folder "
-            f"paths.data (or ORCA_RANK_DATA), or use data=darcy, which makes equivalent data"
-        )
-    fields = {}
-    keep = slice(None, None, stride)
-    if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            for name in ("coeff", "sol"):
-                if name not in file or file[name].ndim != 3:
-                    raise ValueError(f"{path} has no three-dimensional {name!r}; it holds {sorted(file.keys())}")
-                # (s, s, n) on disk; the last axis is the sample and the grid's two axes are swapped too
-                fields[name] = np.transpose(file[name][:, :, :limit][keep, keep], (2, 1, 0))
-    else:
-        try:
-            content = scipy.io.loadmat(path, variable_names=["coeff", "sol"])
-        except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"{path} is not a MATLAB file of version 5 or 7.3 ({error})") from error
-        for name in ("coeff", "sol"):
-            if name not in content or content[name].ndim != 3:
-                raise ValueError(f"{path} has no three-dimensional {name!r}")
-            fields[name] = content[name][:limit, keep, keep]
-    a, u = (np.ascontiguousarray(fields[name], dtype=np.float32) for name in ("coeff", "sol"))
-    if a.shape != u.shape or a.shape[1] != a.shape[2]:
-        raise ValueError(f"{path}: expected coeff and sol of one shape (n, s, s), received {a.shape} and {u.shape}")
-    if limit is not None and len(a) < limit:
-        raise ValueError(f"{path} holds {len(a)} samples, {limit} were asked for: lower train_limit or test_limit")
-    if not (np.isfinite(a).all() and np.isfinite(u).all()):
-        raise ValueError(f"{path} has NaN or infinite values")
-    return DarcyArrays(a, u, {})
+    return DarcyArrays(*read_fields(Path(path), stride, limit), {})

@@ -96,7 +96,7 @@ def sample_coefficient(
         raise ValueError(f"the coefficient must be positive, received low={low}, high={high}")
     if n < 0:
         raise ValueError(f"expected n >= 0, received n={n}")
-    out = np.empty((n, K, K), dtype=dtype)
+    out: np.ndarray = np.empty((n, K, K), dtype=dtype)
     for i in range(n):  # one field at a time, to hold one in memory
         field = gaussian_field(
             1, K, seed=seed, first=first + i, stream=stream, alpha=alpha, tau=tau, positions=positions

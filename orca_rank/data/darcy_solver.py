@@ -90,26 +90,24 @@ def solve_all(
 ) -> Solution:
     """As `solve` for a (n, K, K), and also how each sample was solved."""
     a = np.asarray(a)
-    if dtype is None:
-        dtype = np.float64 if a.dtype == np.float64 else np.float32
-    dtype = np.dtype(dtype)
-    _check(a, mode, dtype)
+    real: np.dtype = np.dtype((np.float64 if a.dtype == np.float64 else np.float32) if dtype is None else dtype)
+    _check(a, mode, real)
     n, K, _ = a.shape
     right = _right_hand_side(f, K, mode)
-    method = _ConjugateGradients(K, dtype, tolerance or _TOLERANCE[dtype.name], max_iterations)
-    u = np.zeros((n, K, K), dtype)
+    method = _ConjugateGradients(K, real, tolerance or _TOLERANCE[real.name], max_iterations)
+    u: np.ndarray = np.zeros((n, K, K), real)
     iterations = np.zeros(n, np.int64)
     fallback = np.zeros(n, np.bool_)
     for i in range(n):
         # Faces in float64: near an indefinite matrix the answer magnifies every rounding of them.
-        faces = face_coefficients(a[i].astype(np.float64), mode)
-        inner, iterations[i] = method(*(face.astype(dtype) for face in faces), right.astype(dtype))
+        first, second = face_coefficients(a[i].astype(np.float64), mode)
+        inner, iterations[i] = method(first.astype(real), second.astype(real), right.astype(real))
         if inner is None:
             fallback[i] = True
-            inner = solve_direct(*faces, right)
+            inner = solve_direct(first, second, right)
         u[i, 1:-1, 1:-1] = inner
         if mode == "fno":
-            to_centres = _spline_matrix(K, "centres", dtype.name)
+            to_centres = _spline_matrix(K, "centres", real.name)
             u[i] = to_centres @ u[i] @ to_centres.T
     return Solution(u, iterations, fallback)
 

@@ -6,16 +6,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from orca_rank.data.module import (
-    Affine,
-    InMemory,
-    Parts,
-    channel_statistics,
-    limited,
-    stratified_order,
-    take_test,
-    take_validation,
-)
+from orca_rank.data.module import InMemory, Parts, check_fraction, check_whole
+from orca_rank.data.splits import limited, stratified_order, take_test, take_validation
 from orca_rank.task import Task
 
 
@@ -50,6 +42,10 @@ class Digits(InMemory):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
+        check_fraction("test_fraction", test_fraction)
+        check_fraction("val_fraction", val_fraction)
+        check_whole("train_limit", train_limit, optional=True)
+        check_whole("test_limit", test_limit, optional=True)
         if channels not in (1, 3):
             raise ValueError(f"digits come with 1 or 3 channels, received channels={channels}")
         self.channels, self.invert, self.mirror = channels, invert, mirror
@@ -68,10 +64,12 @@ class Digits(InMemory):
         test, rest = take_test(stratified_order(labels, self.split_seed), self.test_fraction)
         train, val = take_validation(rest, self.val_fraction, self.train_limit)
         test = limited(test, self.test_limit, "test_limit")
+        inputs = self.inputs(x[train], "channel")
         return Parts(
             task=Task("classification", (self.channels, 8, 8), (10,)),
             train=(x[train], y[train]),
             val=(x[val], y[val]),
             test=(x[test], y[test]),
-            encode=Affine(*channel_statistics(x[train])),
+            encode=inputs.encode,
+            inputs=inputs,
         )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.artifacts.files import atomic
 from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.backbone import Embedder, weights_hash
-from orca_rank.data.module import InMemory, Parts, stratified_order
+from orca_rank.data.array_files import read_npz
+from orca_rank.data.module import InMemory, Parts
+from orca_rank.data.splits import stratified_order
 from orca_rank.task import Task
 from orca_rank.weights import shipped
 
@@ -45,7 +47,7 @@ class Embedded(InMemory):
         batch_size, seed: see `InMemory`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a file of something else.
+        FileNotFoundError: no such file. DamagedFile: a file of something else, or what is left of one.
     """
 
     embedded = True
@@ -56,11 +58,12 @@ class Embedded(InMemory):
         if not self.path.is_file():
             raise FileNotFoundError(f"no source tokens at {self.path}: set source.file to what stage=pretrain wrote")
         try:
-            with open(self.path, "rb") as stream, np.load(stream) as stored:
-                self.arrays: dict[str, Any] = {name: stored[name] for name in ARRAYS}
-        except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{self.path} does not hold source tokens ({error}): source.file takes what stage=pretrain wrote"
+            self.arrays = read_npz(self.path, ARRAYS)
+            _check(self.arrays)
+        except (KeyError, ValueError) as error:
+            reason = error.__cause__ or error.args[0]
+            raise DamagedFile(
+                f"{self.path} does not hold source tokens ({reason}): source.file takes what stage=pretrain wrote"
             ) from error
 
     @property
@@ -99,6 +102,22 @@ class Embedded(InMemory):
                 f"instead (source=digits, tiny_imagenet, cifar10_5k, imagenet_1k, image_folder or arrays), or set "
                 f"source.file to the source.npz that stage=pretrain wrote with these weights"
             )
+
+
+def _check(a: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless the arrays fit each other."""
+    width, count, means = a["centre"].size, len(np.atleast_1d(a["tokens"])), len(np.atleast_1d(a["means"]))
+    shapes = {"labels": (count,), "means": (means, width), "mean_labels": (means,), "centre": (width,)}
+    shapes |= {"rotation": (width, width), "image_shape": (3,), "classes": (), "embedder": ()}
+    wrong = [f"{name} {a[name].shape}" for name, shape in shapes.items() if a[name].shape != shape]
+    if a["tokens"].ndim not in (3, 4) or a["tokens"].shape[-1] != width or a["tokens"].dtype != np.int8:
+        wrong.append(f"tokens {a['tokens'].shape} {a['tokens'].dtype}")
+    numbers = [name for name in shapes if name != "embedder" and a[name].dtype.kind not in "iuf"]
+    if wrong or numbers or a["embedder"].dtype.kind != "U":
+        raise ValueError(f"arrays that do not fit each other: {', '.join(wrong or numbers or ['embedder'])}")
+    for name in ("labels", "mean_labels"):
+        if a[name].size and not 0 <= a[name].min() <= a[name].max() < a["classes"]:
+            raise ValueError(f"{name} from {a[name].min()} to {a[name].max()} for {a['classes']} classes")
 
 
 @torch.no_grad()

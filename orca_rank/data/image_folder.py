@@ -1,32 +1,29 @@
-"""Images in one folder per class, <root>/<train>/<class>/*.jpg, as a source of images in memory."""
+"""Images in one folder per class, <root>/<train>/<class>/*.jpg, held in memory."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import key
-from orca_rank.data.module import (
-    Affine,
-    InMemory,
-    Parts,
-    channel_statistics,
-    limited,
-    stratified_order,
-    take_test,
-    take_validation,
-)
+from orca_rank.data.image_files import ImageFiles, hidden, read_image, scan
+from orca_rank.data.labels import Class
+from orca_rank.data.module import Encode, InMemory, Parts, check_fraction, check_statistics, check_whole
+from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
 from orca_rank.task import Task
-
-ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
 
 
 class ImageFolder(InMemory):
-    """Photos as uint8 (n, 3, size, size); classes are the folders' names in alphabetical order.
+    """Images as uint8 (n, 3, size, size); classes are the folders' names in alphabetical order.
+
+    Images are turned as their EXIF data say, 16 bits a channel are scaled to 8, transparency is laid on white, and of
+    several frames the first is taken. Files and folders that begin with a dot, and what file managers leave, are passed
+    over; other files that are no images are named.
 
     Args:
         root: the data folder. train: a folder of class folders, relative to root. test: another with the same classes;
@@ -34,11 +31,11 @@ class ImageFolder(InMemory):
         size: side in pixels; the shorter side is resized to it and the middle is cut out.
         test_fraction, val_fraction: held out of all, and then of the rest, class by class.
         train_limit: images for train and val together; null for all. test_limit: of the test set.
-        split_seed: of the splits and limits. batch_size, seed: see `InMemory`.
+        split_seed: of the splits and limits. batch_size, seed, statistics, classes: see `InMemory`.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: fewer than two classes, an unreadable image, or other classes
-            in test than in train.
+        FileNotFoundError: no such folder. DamagedFile: an unreadable image. ValueError: fewer than two classes, a class
+            of fewer than two or three images, a folder without images, or other classes in test than in train.
     """
 
     def __init__(
@@ -55,10 +52,16 @@ class ImageFolder(InMemory):
         split_seed: int = 0,
         batch_size: int = 32,
         seed: int = 0,
+        statistics: Mapping[str, Tensor] | None = None,
+        classes: Sequence[Class] | None = None,
     ) -> None:
-        super().__init__(batch_size, seed)
-        if size < 1:
-            raise ValueError(f"size must be at least 1 pixel, received {size}")
+        super().__init__(batch_size, seed, statistics, classes)
+        check_whole("size", size)
+        check_fraction("test_fraction", test_fraction)
+        check_fraction("val_fraction", val_fraction)
+        check_whole("train_limit", train_limit, optional=True)
+        check_whole("test_limit", test_limit, optional=True)
+        check_whole("split_seed", split_seed, least=0)
         self.root, self.train, self.test, self.size = Path(root), train, test, size
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit = train_limit, test_limit
@@ -67,66 +70,91 @@ class ImageFolder(InMemory):
     def contents(self) -> str:
         """Names and sizes stand for the images, of which there may be many."""
         folders = [self.root / name for name in (self.train, self.test) if name is not None]
-        files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+        files = [
+            (folder, file)
+            for folder in folders
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and not hidden(file.relative_to(folder))
+        ]
         return key([(str(file.relative_to(folder)), file.stat().st_size) for folder, file in files])
 
     def load(self) -> Parts:
-        classes, files, labels = _scan(self.root / self.train)
+        found = scan(self.root / self.train)
+        labels = found.labels
+        if labels is None:
+            raise ValueError(f"{self.root / self.train} must hold at least two folders with images, found none")
+        if len(found.classes) < 2:
+            raise ValueError(
+                f"{self.root / self.train} must hold at least two folders with images, found {found.classes}"
+            )
+        self._check_counts(found, 3 if self.test is None else 2)
+        notes = list(found.notes)
         order = stratified_order(labels, self.split_seed)
+        test_order: np.ndarray
         if self.test is None:
-            test_index, order = take_test(order, self.test_fraction)
-            test_files, test_labels = files, labels
+            test_order, order = take_test(order, self.test_fraction)
+            tested, test_labels = found, labels
         else:
-            test_classes, test_files, test_labels = _scan(self.root / self.test)
-            if test_classes != classes:
-                different = sorted(set(classes) ^ set(test_classes))[:3]
+            tested = scan(self.root / self.test)
+            if tested.labels is None or tested.classes != found.classes:
+                different = sorted(set(found.classes) ^ set(tested.classes))[:3]
                 raise ValueError(
                     f"{self.root / self.test} has other classes than {self.train}, for example {different}"
                 )
-            test_index = stratified_order(test_labels, self.split_seed)
-        test_index = limited(test_index, self.test_limit, "test_limit")
-        train_index, val_index = take_validation(order, self.val_fraction, self.train_limit)
-        train = self._read(files, labels, train_index)
+            test_labels, notes = tested.labels, [*notes, *tested.notes]
+            test_order = stratified_order(test_labels, self.split_seed)
+        train, val = take_validation(order, self.val_fraction, self.train_limit)
+        if self.test is None:
+            train, test_order = covered(train, test_order, labels)
+        train, val = covered(train, val, labels)
+        test_order = limited(test_order, self.test_limit, "test_limit")
+        x = self._read([found.paths[i] for i in train])
+        inputs = self.inputs(x, "channel")
         return Parts(
-            task=Task("classification", (3, self.size, self.size), (len(classes),)),
-            train=train,
-            val=self._read(files, labels, val_index),
-            test=self._read(test_files, test_labels, test_index),
-            encode=Affine(*channel_statistics(train[0])),
+            task=Task("classification", (3, self.size, self.size), (len(found.classes),), classes=tuple(found.classes)),
+            train=(x, torch.from_numpy(labels[train])),
+            val=(self._read([found.paths[i] for i in val]), torch.from_numpy(labels[val])),
+            test=(self._read([tested.paths[i] for i in test_order]), torch.from_numpy(test_labels[test_order])),
+            encode=inputs.encode,
+            inputs=inputs,
+            notes=tuple(notes),
         )
 
-    def _read(self, files: list[Path], labels: np.ndarray, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        x = np.empty((len(index), self.size, self.size, 3), dtype=np.uint8)
-        for place, number in enumerate(index):
-            x[place] = read_image(files[number], self.size)
-        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels[index])
+    def everything(self) -> tuple[Tensor, Tensor | None]:
+        """All images of the training folder in the order of their names; without targets where it has no classes."""
+        found = scan(self.root / self.train)
+        labels = found.labels
+        if labels is not None and self.given_classes is not None:
+            place = {name: number for number, name in enumerate(self.given_classes)}
+            if unknown := [name for name in found.classes if name not in place]:
+                raise ValueError(
+                    f"{self.root / self.train} has classes that the model was not fine-tuned for: {unknown[:5]}"
+                )
+            labels = np.array([place[name] for name in found.classes], dtype=np.int64)[labels]
+        return self._read(found.paths), None if labels is None else torch.from_numpy(labels)
 
+    def encoder(self) -> Encode:
+        if self.given is None:
+            return self.parts.encode
+        check_statistics(self.given, (3, self.size, self.size))
+        return self.given.encode
 
-def read_image(path: Path, size: int) -> np.ndarray:
-    """The middle square of an image at size × size, (size, size, 3) uint8."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            scale = size / min(image.size)
-            shape = [max(size, round(side * scale)) for side in image.size]
-            image = image.resize(shape, Image.Resampling.BICUBIC)
-            left, top = ((side - size) // 2 for side in shape)
-            return np.asarray(image.crop((left, top, left + size, top + size)))
-    except OSError as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    def files(self) -> list[str]:
+        """Names of the images of `everything`, relative to the training folder."""
+        folder = self.root / self.train
+        return [str(path.relative_to(folder)) for path in scan(self.root / self.train).paths]
 
+    def _read(self, files: list[Path]) -> Tensor:
+        x = np.empty((len(files), self.size, self.size, 3), dtype=np.uint8)
+        for place, file in enumerate(files):
+            x[place] = read_image(file, self.size)
+        return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
-def _scan(folder: Path) -> tuple[list[str], list[Path], np.ndarray]:
-    """Class names, image files and labels of a folder of class folders."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing: set source.train to a folder that holds one folder per class")
-    found = {
-        place.name: sorted(file for file in place.rglob("*") if file.suffix.lower() in ENDINGS)
-        for place in sorted(folder.iterdir())
-        if place.is_dir()
-    }
-    classes = [name for name, files in found.items() if files]
-    if len(classes) < 2:
-        raise ValueError(f"{folder} must hold at least two folders with images, found {classes}")
-    labels = np.repeat(np.arange(len(classes)), [len(found[name]) for name in classes])
-    return classes, [file for name in classes for file in found[name]], labels
+    def _check_counts(self, found: ImageFiles, least: int) -> None:
+        counts = Counter(() if found.labels is None else found.labels.tolist())
+        small = [f"{found.classes[label]} ({count})" for label, count in sorted(counts.items()) if count < least]
+        if small:
+            raise ValueError(
+                f"{self.root / self.train} has classes of fewer than {least} images: {', '.join(small[:8])}; a class "
+                f"needs {least}, to be trained on and measured: give more images or remove the folder"
+            )

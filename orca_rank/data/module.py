@@ -1,22 +1,28 @@
-"""What the datasets share: tensors in memory, seeded stratified splits, deterministic loaders."""
+"""What the datasets share: tensors in memory, deterministic loaders, given or fitted statistics of the inputs."""
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Int
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from orca_rank.normaliser import Normaliser
 from orca_rank.task import Task
 
 Pair = tuple[Tensor, Tensor]
+Encode = Callable[[Tensor], Tensor]
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+PARTS = ("train", "val", "test")
+
+log = logging.getLogger("orca_rank.data")
 
 
 @dataclass(frozen=True)
@@ -25,17 +31,22 @@ class Parts:
 
     Args:
         task: shapes, loss and metric.
-        train, val, test: (x, y) each; x as stored, (n, C, H, W) of any dtype, y int64 (n,) or float32 (n, c, H, W).
+        train, val, test: (x, y) each; x as stored, (n, C, H, W) of any dtype, y int64 (n,) or floats (n, c, H, W) in
+            physical units: float32, or float64 where float32 cannot hold them.
         encode: stored inputs (B, C', H, W) to the network's inputs, float32 (B, C, H, W).
         augment: random change of stored training inputs, drawn from the generator.
+        inputs: the statistics that `encode` standardises by; None where it does not.
+        notes: what a user should know about the data, a sentence each.
     """
 
     task: Task
     train: Pair
     val: Pair
     test: Pair
-    encode: Callable[[Tensor], Tensor]
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    encode: Encode
+    augment: Augment | None = None
+    inputs: Normaliser | None = None
+    notes: tuple[str, ...] = ()
 
 
 class InMemory(LightningDataModule, ABC):
@@ -44,13 +55,26 @@ class InMemory(LightningDataModule, ABC):
     Args:
         batch_size: samples per batch.
         seed: of the training order and augmentation. Splits do not depend on it.
+        statistics: normalise inputs by these, as `statistics` of another module gave them, and not by their own: what
+            new data for a fine-tuned model need. classes: what its classes 0, 1, … are called, `task.classes`.
+
+    Raises:
+        ValueError: for a batch size below 1, or statistics that are none.
     """
 
-    def __init__(self, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        seed: int,
+        statistics: Mapping[str, Tensor] | None = None,
+        classes: Sequence[int | str] | None = None,
+    ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, received {batch_size}")
+        check_whole("batch_size", batch_size)
+        check_whole("seed", seed, least=0)
         self.batch_size, self.seed = batch_size, seed
+        self.given = Normaliser.from_dict(statistics) if statistics else None
+        self.given_classes = None if classes is None else tuple(classes)
 
     @abstractmethod
     def load(self) -> Parts:
@@ -58,7 +82,10 @@ class InMemory(LightningDataModule, ABC):
 
     @cached_property
     def parts(self) -> Parts:
-        return self.load()
+        parts = self.load()
+        for note in parts.notes:
+            log.warning(note)
+        return parts
 
     @property
     def task(self) -> Task:
@@ -74,19 +101,58 @@ class InMemory(LightningDataModule, ABC):
         """A hash of the files that the data are read from; None for data that follow from the options."""
         return None
 
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What inputs are normalised by, as plain tensors {"mean", "std"} for the argument of the same name; empty
+        where they are not."""
+        inputs = self.given or self.parts.inputs
+        return {} if inputs is None else inputs.to_dict()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the data, a sentence each; also logged when they are loaded."""
+        return self.parts.notes
+
+    def everything(self) -> tuple[Tensor, Tensor | None]:
+        """(x, y) of all samples, x as stored: the whole training file in its own order where the data come from one,
+        whether or not it has targets (y is then None); by default train, val and test one after the other."""
+        pairs = [getattr(self.parts, part) for part in PARTS]
+        return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+    def encoder(self) -> Encode:
+        """Stored inputs to the network's inputs, by the statistics that were given, if any."""
+        return self.parts.encode
+
+    def inputs(self, x: Tensor, per: str) -> Normaliser:
+        """The given statistics, or those of x (n, C, H, W).
+
+        Raises:
+            ValueError: if the given statistics are of other channels or another grid.
+        """
+        if self.given is None:
+            return Normaliser.fit(x, per)
+        check_statistics(self.given, tuple(x.shape[1:]))
+        return self.given
+
     def setup(self, stage: str | None = None) -> None:
         """Load now, so that bad data fails before training starts."""
         self.parts  # noqa: B018 (the property loads)
 
     def loader(self, part: str, *, shuffle: bool = False, augment: bool = False) -> DataLoader:
-        """A loader over "train", "val" or "test"; the same calls give the same batches in the same order."""
-        if part not in ("train", "val", "test"):
-            raise ValueError(f"part must be 'train', 'val' or 'test', received {part!r}")
-        parts = self.parts
-        x, y = getattr(parts, part)
-        dataset = _Batches(x, y, parts.encode, parts.augment if augment else None)
-        sampler = _EpochOrder(dataset, self.seed) if shuffle else None
-        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        """A loader over "train", "val", "test" or "all"; the same calls give the same batches in the same order.
+
+        "all" is `everything`, whose batches are (x, None) where there are no targets.
+        """
+        if part not in (*PARTS, "all"):
+            raise ValueError(f"part must be 'train', 'val' or 'test', or 'all', received {part!r}")
+        if part == "all":
+            x, y = self.everything()
+            dataset = Batches(x, y, self.encoder())
+        else:
+            x, y = getattr(self.parts, part)
+            dataset = Batches(x, y, self.parts.encode, self.parts.augment if augment else None)
+        sampler = EpochOrder(len(dataset), self.seed, dataset.draws) if shuffle else None
+        return DataLoader(dataset, self.batch_size, sampler=sampler, collate_fn=as_it_is)
 
     def train_dataloader(self) -> DataLoader:
         return self.loader("train", shuffle=True, augment=True)
@@ -98,126 +164,91 @@ class InMemory(LightningDataModule, ABC):
         return self.loader("test")
 
 
-class _Batches(Dataset):
-    """Fetches a whole batch of indices at once, so that encoding and augmentation work on batches."""
+class Batches(Dataset):
+    """Fetches a whole batch of indices at once, so that encoding and augmentation work on batches.
+
+    Args:
+        x, y: samples and targets, or None. encode: of x; None leaves it. augment: of x before that, by `draws`.
+    """
 
     def __init__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        encode: Callable[[Tensor], Tensor],
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+        self, x: Tensor, y: Tensor | None, encode: Encode | None = None, augment: Augment | None = None
     ) -> None:
         self.x, self.y, self.encode, self.augment = x, y, encode, augment
-        self.generator = torch.Generator()
+        self.draws = torch.Generator()
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitems__(self, indices: Sequence[int]) -> Pair:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         index = torch.as_tensor(indices)
         x = self.x[index]
         if self.augment is not None:
-            x = self.augment(x, self.generator)
-        return self.encode(x), self.y[index]
+            x = self.augment(x, self.draws)
+        return x if self.encode is None else self.encode(x), None if self.y is None else self.y[index]
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
         x, y = self.__getitems__([index])
-        return x[0], y[0]
+        return x[0], None if y is None else y[0]
 
 
-class _EpochOrder(Sampler):
-    """A new order and new augmentation draws each epoch that depend on (seed, epoch) alone.
+class EpochOrder(Sampler[int]):
+    """A new order each epoch that depends on (seed, epoch) alone, and with it new draws of the augmentation.
 
     Lightning calls `set_epoch`, so a resumed run goes on with the very batches that an uninterrupted one would see.
+
+    Args:
+        count: samples. seed: of the order. draws: a generator that is seeded with the epoch too.
     """
 
-    def __init__(self, dataset: _Batches, seed: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
+    def __init__(self, count: int, seed: int, draws: torch.Generator | None = None) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+        self.draws = torch.Generator() if draws is None else draws
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
-        self.dataset.generator.manual_seed(1_000_003 * self.seed + self.epoch)
+        self.draws.manual_seed(1_000_003 * self.seed + self.epoch)
         self.epoch += 1
-        yield from torch.randperm(len(self.dataset), generator=self.dataset.generator).tolist()
+        yield from torch.randperm(self.count, generator=self.draws).tolist()
 
 
-def _as_it_is(batch: Pair) -> Pair:
+def as_it_is(batch: Any) -> Any:
+    """Collates what is a batch already."""
     return batch
 
 
-@dataclass(frozen=True)
-class Affine:
-    """Stored inputs to float32, (x − mean) / std; a class rather than a closure so that it can be pickled."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) / self.std
-
-
-def channel_statistics(x: Tensor, chunk: int = 1024) -> Pair:
-    """Mean and standard deviation of every channel of x (n, C, H, W), each (C, 1, 1) float32, in float64 sums.
-
-    A constant channel gets standard deviation 1.
-    """
-    total = torch.zeros(x.shape[1], dtype=torch.float64)
-    squares = torch.zeros_like(total)
-    for part in x.split(chunk):
-        values = part.double()
-        total += values.sum((0, 2, 3))
-        squares += values.square().sum((0, 2, 3))
-    count = x.numel() / x.shape[1]
-    mean = total / count
-    variance = squares / count - mean.square()
-    std = torch.where(variance > 1e-12 * (1 + mean.square()), variance.clamp_min(0).sqrt(), 1.0)
-    return mean.float()[:, None, None], std.float()[:, None, None]
+def check_statistics(statistics: Normaliser, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless statistics fit inputs of this shape (C, H, W)."""
+    for value in (statistics.mean, statistics.std):
+        wanted = tuple(value.shape)
+        if value.ndim and (len(wanted) != 3 or any(a not in (1, b) for a, b in zip(wanted, shape, strict=True))):
+            raise ValueError(
+                f"the inputs have shape {shape} (channels, height, width), but the statistics to normalise them by "
+                f"have shape {wanted}: these are other data than the model was fine-tuned on"
+            )
 
 
-def stratified_order(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """A seeded permutation every prefix of which holds the classes in their proportions, to within one sample each."""
-    random = np.random.default_rng(seed)
-    key = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        key[members] = (np.arange(len(members)) + random.random()) / len(members)
-    return np.argsort(key, kind="stable")
+def check_whole(name: str, value: Any, least: int = 1, *, optional: bool = False) -> None:
+    """Raise ValueError unless an option is a whole number of at least `least`, or null where that is allowed."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        also = " or null" if optional else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{also}, received {value!r}")
 
 
-def take_test(order: Int[np.ndarray, " n"], fraction: float) -> tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]:
-    """Split an order into (test, rest)."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"a fraction held out must lie between 0 and 1, received {fraction}")
-    count = max(1, round(fraction * len(order)))
-    return order[:count], order[count:]
+def check_fraction(name: str, value: Any) -> None:
+    """Raise ValueError unless an option is a number between 0 and 1, neither of them included."""
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, received {value!r}")
 
 
-def take_validation(
-    order: Int[np.ndarray, " n"], fraction: float, limit: int | None
-) -> tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]:
-    """(train, val) out of the first `limit` entries of an order.
-
-    Raises:
-        ValueError: if fewer than 2 samples are left to train on.
-    """
-    chosen = limited(order, limit, "train_limit")
-    val, train = take_test(chosen, fraction)
-    if len(train) < 2:
-        raise ValueError(
-            f"only {len(train)} sample(s) left to train on out of {len(order)} (train_limit={limit}, "
-            f"val_fraction={fraction}): at least 2 are needed, give more data or raise train_limit"
-        )
-    return train, val
-
-
-def limited(order: Int[np.ndarray, " n"], limit: int | None, name: str) -> Int[np.ndarray, " m"]:
-    """The first `limit` entries, or all."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"{name} must be at least 1 or null, received {limit}")
-    return order[:limit]
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError unless an option is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, received {value!r}")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from orca_rank.data.module import Affine, InMemory, Pair, Parts, channel_statistics
+from orca_rank.data.module import InMemory, Pair, Parts, check_whole
 from orca_rank.task import Task
 
 
@@ -39,6 +39,8 @@ class Photos(InMemory):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, seed)
+        for name, value in (("size", size), ("smallest", smallest), ("train", train), ("val", val), ("test", test)):
+            check_whole(f"photos need whole numbers: {name}", value, least=0)
         if size < 1 or not 1 <= smallest <= 160:
             raise ValueError(f"photos need size >= 1 and smallest from 1 to 160, received {size} and {smallest}")
         if min(train, val, test) < 2:
@@ -54,7 +56,8 @@ class Photos(InMemory):
             self._crops(part, count, random) for part, count in zip((left, left, right), self.counts, strict=True)
         )
         task = Task("classification", (3, self.size, self.size), (2,))
-        return Parts(task, train, val, test, encode=Affine(*channel_statistics(train[0])))
+        inputs = self.inputs(train[0], "channel")
+        return Parts(task, train, val, test, encode=inputs.encode, inputs=inputs)
 
     def _crops(self, photos: list[Tensor], count: int, random: np.random.Generator) -> Pair:
         """Squares of any side from `smallest` to the photograph's own, evenly in the logarithm, resized."""

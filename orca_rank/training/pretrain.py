@@ -7,7 +7,7 @@ import csv
 import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from orca_rank.artifacts.files import atomic, write_json, write_tensors
 from orca_rank.data.augment import Augmentation, mix, soft_labels
-from orca_rank.data.module import channel_statistics
+from orca_rank.data.module import Batches, EpochOrder, as_it_is
+from orca_rank.normaliser import Normaliser
 from orca_rank.training.muon import MuonAdamW, parameter_groups
-from orca_rank.training.recipe import ON_THE_SPOT, EpochOrder, Recipe, keep_recipe, lr_factor
+from orca_rank.training.recipe import ON_THE_SPOT, Recipe, keep_recipe, lr_factor
 
 console = Console(highlight=False)
 Pair = tuple[Tensor, Tensor]
@@ -58,7 +59,7 @@ class Pretrain(L.LightningModule):
     def normalised(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return (x - self.mean) / self.std
 
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
         images, labels = batch
         options = self.recipe.augmentation_in(self.current_epoch)
         random = np.random.default_rng((self.recipe.seed, self.current_epoch, index))
@@ -76,7 +77,7 @@ class Pretrain(L.LightningModule):
         update_average(self.average, self.network, min(self.recipe.ema, (1 + count) / (10 + count)))
         self.updates += 1
 
-    def validation_step(self, batch: list[Tensor], index: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
         """Top-1 of the average on every batch, of the raw weights on every fourth (a cheap second curve)."""
         images, labels = batch
         x = self.normalised(unit_range(images, self.size))
@@ -166,15 +167,23 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "last.ckpt"
     keep_recipe(folder / "recipe.json", recipe, checkpoint.exists())
-    mean, std = channel_statistics(train[0])
+    channels = Normaliser.fit(train[0], "channel")
+    mean, std = channels.mean.float(), torch.where(channels.std > 0, channels.std, 1.0).float()
     scale = 255 if train[0].dtype == torch.uint8 else 1
     module = Pretrain(network, recipe, classes, mean / scale, std / scale)
-    orders = EpochOrder(len(train[0]), recipe.batch_size, recipe.seed)
+    count = len(train[0])
+    order = EpochOrder(count, recipe.seed)
     options = dict(accelerator="auto", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False)
     options |= dict(num_sanity_val_steps=0, callbacks=[Keep(folder, recipe)], max_epochs=recipe.epochs)
     options |= dict(accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.clip, **(trainer or {}))
     loaders = [
-        DataLoader(TensorDataset(train[0], train[1].long()), batch_size=None, sampler=orders),
+        DataLoader(
+            Batches(train[0], train[1].long()),
+            min(recipe.batch_size, count),
+            sampler=order,
+            collate_fn=as_it_is,
+            drop_last=True,
+        ),
         DataLoader(TensorDataset(val[0], val[1].long()), batch_size=min(500, len(val[0]))),
     ]
     with warnings.catch_warnings():

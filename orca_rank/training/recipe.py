@@ -1,17 +1,11 @@
-"""The options of pretraining, its learning-rate schedule and its order of images."""
+"""The options of pretraining, and its learning-rate schedule."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Sampler
 
 from orca_rank.artifacts.files import atomic
 from orca_rank.data.augment import Augmentation
@@ -92,28 +86,6 @@ def lr_factor(step: int, steps_per_epoch: float, recipe: Recipe) -> float:
     if recipe.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
     return max(0.0, min(1.0, (total - step) / max(1.0, recipe.decay_epochs * steps_per_epoch)))
-
-
-class EpochOrder(Sampler[Tensor]):
-    """Whole batches of indices in an order that depends on (seed, epoch) alone; an incomplete last batch is left out.
-
-    Args:
-        count: images. batch_size: per batch. seed: of the order.
-    """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        self.count, self.batch_size, self.seed, self.epoch = count, min(batch_size, count), seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch)).permutation(self.count))
-        yield from order[: len(self) * self.batch_size].split(self.batch_size)
 
 
 def keep_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:

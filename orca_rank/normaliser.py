@@ -1,0 +1,155 @@
+"""Affine scaling of what data hold to what a network sees, at the precision that the data have.
+
+Everything here is equivariant: data x and a·x + b, a > 0, are normalised to the same numbers, for as long as the file's
+own precision tells a·x + b apart. No constant of this file is added to or compared with a value of the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+AXES = {"pixel": (0,), "channel": (0, 2, 3)}
+_CHUNK = 2**24  # values in float64 at a time
+_LARGE_OFFSET = 100.0  # means of so many deviations leave float32 five digits for the variation
+_FLOAT32 = (1e-30, 1e30)  # magnitudes that float32 holds with all its digits, and room to spare for test data
+
+
+@dataclass(frozen=True, eq=False)
+class Normaliser:
+    """encode(x) = (x − mean) / std and decode(z) = z std + mean, per pixel or per channel.
+
+    The unit-Gaussian normaliser of FNO and ORCA, without its absolute ε: std is 0 where training data never vary, and
+    there encode gives 0 whatever comes, and decode gives the mean.
+
+    Args:
+        mean, std: finite, broadcastable to a sample (c, H, W), e.g. (c, 1, 1); std >= 0.
+
+    Raises:
+        ValueError: for a mean or std that is not finite, or a negative std.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std >= 0).all()):
+            raise ValueError("a normaliser needs a finite mean and a finite standard deviation that is not negative")
+
+    @classmethod
+    def fit(cls, x: Shaped[Tensor, "n c h w"], per: str = "pixel") -> Normaliser:
+        """Mean and standard deviation over the samples of x, in float64, missing values (NaN) aside.
+
+        Args:
+            per: "pixel": one of each per pixel, with n − 1 in the denominator as in FNO; "channel": per channel.
+
+        Raises:
+            ValueError: for another `per`, or no samples.
+        """
+        if per not in AXES:
+            raise ValueError(f"per must be one of {tuple(AXES)}, received {per!r}")
+        if len(x) == 0:
+            raise ValueError("statistics need at least one sample, received none")
+        low, high = extremes(x, per)
+        centre, half = low / 2 + high / 2, high / 2 - low / 2  # halved first: their difference may be infinite
+        scale = torch.where(half > 0, half, 1.0)
+        axes = AXES[per]
+        count = torch.zeros_like(centre)
+        mean, squares = torch.zeros_like(centre), torch.zeros_like(centre)
+        for part in x.split(chunk_of(x)):  # Chan, Golub and LeVeque (1979): parts joined without cancellation
+            values = (part.double() - centre) / scale  # in [−1, 1]
+            valid = ~values.isnan()
+            here = valid.sum(axes, keepdim=True)[0].double()
+            part_mean = values.nansum(axes, keepdim=True)[0] / here.clamp_min(1)
+            part_squares = (values - part_mean).square().nansum(axes, keepdim=True)[0]
+            total = (count + here).clamp_min(1)
+            step = part_mean - mean
+            squares += part_squares + step.square() * count * here / total
+            mean += step * here / total
+            count += here
+        freedom = (count - 1 if per == "pixel" else count).clamp_min(1)
+        varies = half > resolution(x.dtype) * torch.maximum(low.abs(), high.abs())
+        std = torch.where(varies, (squares / freedom).sqrt() * scale, 0.0)
+        return cls(torch.where(varies, centre + mean * scale, centre), std)
+
+    @cached_property
+    def unit(self) -> float:
+        """A magnitude to measure values in: the largest deviation, or mean where nothing varies, or 1."""
+        return float(self.std.max()) or float(self.mean.abs().max()) or 1.0
+
+    def isotropic(self) -> Normaliser:
+        """The same with one deviation, `unit`, for all: distances keep their proportions."""
+        return Normaliser(self.mean, torch.full_like(self.std, self.unit))
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """float32 where it is enough to compute in, else float64."""
+        std = self.std[self.std > 0]
+        sizes = torch.cat([std.double().flatten(), self.mean[self.mean != 0].double().abs().flatten()])
+        if len(sizes) and not _FLOAT32[0] < sizes.min() <= sizes.max() < _FLOAT32[1]:
+            return torch.float64
+        ratio = torch.where(self.std > 0, self.mean.double().abs() / self.std.double(), 0.0)
+        return torch.float64 if ratio.max() > _LARGE_OFFSET else torch.float32
+
+    def like(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean, std, x) on the device of x and in a precision that is enough for all of them."""
+        dtype = torch.float64 if torch.float64 in (x.dtype, self.precision) else torch.float32
+        return self.mean.to(dtype).to(x.device), self.std.to(dtype).to(x.device), x.to(dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Stored values to what the network sees, float32; missing values (NaN) become 0, the mean."""
+        mean, std, x = self.like(x)
+        encoded = torch.where(std > 0, (x - mean) / torch.where(std > 0, std, 1.0), 0.0)
+        return encoded.nan_to_num(0.0, posinf=math.inf, neginf=-math.inf).float()
+
+    def decode(self, x: Tensor) -> Tensor:
+        """The network's numbers to stored values; float64 where float32 cannot hold them."""
+        mean, std, x = self.like(x)
+        return x * std + mean
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Plain tensors for a file."""
+        return {"mean": self.mean, "std": self.std}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Tensor]) -> Normaliser:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: if mean or std is missing, or as the constructor.
+        """
+        if missing := {"mean", "std"} - set(values):
+            raise ValueError(f"statistics need mean and std; {sorted(missing)} missing, received {sorted(values)}")
+        return cls(torch.as_tensor(values["mean"]), torch.as_tensor(values["std"]))
+
+
+def chunk_of(x: Tensor) -> int:
+    """Samples of x to convert to float64 at a time."""
+    return max(1, _CHUNK // max(1, x[0].numel()))
+
+
+def extremes(x: Shaped[Tensor, "n c h w"], per: str) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per pixel or channel, float64, missing values aside (0 where all are missing)."""
+    axes = AXES[per]
+    low, high = [], []
+    for part in x.split(chunk_of(x)):
+        if part.is_floating_point():
+            low.append(part.nan_to_num(math.inf, math.inf, -math.inf).amin(axes, keepdim=True)[0])
+            high.append(part.nan_to_num(-math.inf, math.inf, -math.inf).amax(axes, keepdim=True)[0])
+        else:
+            low.append(part.amin(axes, keepdim=True)[0])
+            high.append(part.amax(axes, keepdim=True)[0])
+    smallest, largest = torch.stack(low).double().amin(0), torch.stack(high).double().amax(0)
+    known = smallest <= largest
+    return torch.where(known, smallest, 0.0), torch.where(known, largest, 0.0)
+
+
+def resolution(dtype: torch.dtype) -> float:
+    """Relative distance of neighbouring numbers; 0 for integers, which are exact."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
