@@ -15,16 +15,20 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 
+from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import adaptable_layers, create_model
 from orca_rank.build import build
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.gradients import collect_gradients
-from orca_rank.measuring.layers import Side, gap_records, measurements
+from orca_rank.measuring.layers import Side, layer_gaps, measurements
+from orca_rank.measuring.options import GapOptions
+from orca_rank.measuring.passes import linear
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
 
@@ -79,12 +83,13 @@ def main() -> None:
     with initialize_config_dir(str(CONF.absolute()), version_base="1.3"):
         config = compose("config", ["gap=spectra", f"backbone={options.backbone}", "backbone.pretrained=false",
                                     f"gap.samples={options.images}"])  # fmt: skip
-    gap = config.gap
+    metrics = {name: build(node) for name, node in config.gap.metrics.items()}
+    gap = GapOptions.from_dict(plain(config.gap), metrics)
     task = Task("classification", (3, 224, 224), (10,))
     model = create_model(config.backbone, task).eval()
     layers: list[Layer] = adaptable_layers(model.body, config.layers.target, "separate")
     modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
-    watched = {name: model.body.get_submodule(name) for name in dict.fromkeys(modules.values())}
+    watched = {name: linear(model.body, name) for name in dict.fromkeys(modules.values())}
     count = options.images
     batches = [
         (torch.randn(min(options.batch, count - i), 3, 224, 224), torch.randint(10, (min(options.batch, count - i),)))
@@ -104,7 +109,7 @@ def main() -> None:
     if options.gradient:
         with Peak() as usual:
             forward_backward()
-            plain = timed(forward_backward)
+            usually = timed(forward_backward)
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
 
@@ -114,15 +119,14 @@ def main() -> None:
                 model.embedder, model.head, task.loss, watched, batches, count, draws=gap.sign_draws)))  # fmt: skip
             spectra = timed(lambda: [found[modules[layer.name]].spectrum() for layer in layers])
         print(
-            f"{count} images, forward + backward {plain:.1f} s; gradient pass {passes:.1f} s, spectra {spectra:.1f} s"
+            f"{count} images, forward + backward {usually:.1f} s; gradient pass {passes:.1f} s, spectra {spectra:.1f} s"
         )
-        print(f"ratio {(passes + spectra) / plain:.2f}, peak extra memory {peak.mib - usual.mib:.0f} MiB")
+        print(f"ratio {(passes + spectra) / usually:.2f}, peak extra memory {peak.mib - usual.mib:.0f} MiB")
         return
 
     forward()
-    plain = 2 * timed(forward)  # source and target
-    gap.measurements.gradient = gap.measurements.importance = gap.measurements.fisher = False
-    metrics = {name: build(node) for name, node in gap.metrics.items()}
+    forwards = 2 * timed(forward)  # source and target
+    gap = replace(gap, measurements=gap.measurements - {"gradient", "importance", "fisher"})
     sides: list[Side] = []
 
     def passes() -> None:
@@ -132,12 +136,14 @@ def main() -> None:
 
     with Peak() as peak:
         collecting = timed(passes)
-        gaps = timed(lambda: gap_records(gap, 0, metrics, *sides, lambda: None))
-        spectra = timed(lambda: measurements(gap, 0, layers, modules, model.body, *sides, None, lambda: None))
+        by_metric = {name: timed(lambda name=name: layer_gaps(name, metrics[name], gap, 0, *sides)) for name in metrics}
+        spectra = timed(lambda: measurements(gap, 0, layers, modules, model.body, *sides, None))
+    gaps = sum(by_metric.values())
     total = collecting + gaps + spectra
-    print(f"{count} + {count} images, {len(layers)} layers: plain forward {plain:.1f} s")
+    print(f"{count} + {count} images, {len(layers)} layers: plain forward {forwards:.1f} s")
     print(f"measured {total:.1f} s: passes {collecting:.1f}, gaps {gaps:.1f}, spectra {spectra:.1f}")
-    print(f"ratio {total / plain:.2f}, peak extra memory {peak.mib:.0f} MiB")
+    print(f"gaps: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in by_metric.items())}")
+    print(f"ratio {total / forwards:.2f}, peak extra memory {peak.mib:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import timm
@@ -24,7 +25,8 @@ from orca_rank.distances import mmd
 from orca_rank.distances.calibrate import calibrate
 from orca_rank.measuring.activations import collect
 from orca_rank.measuring.gradients import Gradients, collect_gradients
-from orca_rank.measuring.spectra import activation, intrinsic_dimension, ot_map, transport, weight_ranks
+from orca_rank.measuring.records import Dimension, Gap, Spectrum
+from orca_rank.measuring.spectra import activation, intrinsic_dimension, ot_map, transport, weight_rank
 from orca_rank.ranks import Budget, Layer
 from orca_rank.ranks.theory import chain_error, fit_chain
 
@@ -197,17 +199,18 @@ def measure(
             "gradient": own.spectrum(),
             "activation": activation(right[layer.name].tokens),
         }
-        kept = {
-            kind: {"singular_values": s.values.tolist(), "null": s.null, "energy": s.energy}
-            for kind, s in spectra.items()
-        }
-        numbers = {
-            "weight": weight_ranks(weight),
-            "importance": own.importance(weight),
-            "fisher": own.fisher(),
-            "intrinsic_dimension": {"input": dimensions[index], "output": dimensions[index + 1]},
-        }
-        records.append(Layer(layer.name, layer.d_in, layer.d_out, {"mmd": {"value": gap.value}}, {**kept, **numbers}))
+        measured = {kind: Spectrum(tuple(s.values.tolist()), s.null, s.energy, s.rank) for kind, s in spectra.items()}
+        records.append(
+            replace(
+                layer,
+                gap={"mmd": Gap(gap.value)},
+                weight=weight_rank(weight),
+                intrinsic_dimension=Dimension(dimensions[index], dimensions[index + 1]),
+                importance=own.importance(weight),
+                fisher=own.fisher(),
+                spectra=measured,
+            )
+        )
     return records
 
 

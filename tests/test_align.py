@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from shared import TINY_SWIN
 from torch import Tensor
 
+from orca_rank.measuring.classes import Labeller
 from orca_rank.stages import align
 from orca_rank.training import align as training
-from orca_rank.training import features
 
 TINY = (
     "stage=align",
@@ -168,10 +168,10 @@ def test_curriculum_falls_to_nothing() -> None:
 def test_dense_targets_get_cluster_labels() -> None:
     generator = torch.Generator().manual_seed(0)
     fields = torch.randn(30, 1, 4, 4, generator=generator) * 0.1 + torch.arange(30).view(-1, 1, 1, 1) % 3 * 5
-    labels = features.Labeller(fields, 3, 0)(fields)
+    labels = Labeller(fields, 3, 0)(fields)
     assert all(len(labels[k::3].unique()) == 1 for k in range(3))
     assert len(labels.unique()) == 3
-    few = features.Labeller(fields[:2], 10, 0)(fields[:2])
+    few = Labeller(fields[:2], 10, 0)(fields[:2])
     assert few.shape == (2,)
 
 

@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from orca_rank.artifacts.files import write_tensors
-from orca_rank.measuring.layers import agreement, classes
-from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages import measure
+from orca_rank.artifacts.provenance import plain
+from orca_rank.distances import mmd, sliced_wasserstein
+from orca_rank.measuring.layers import agreement
+from orca_rank.measuring.options import GapOptions
+from orca_rank.measuring.records import Gap, Layer, Spectrum, WeightRank
+from orca_rank.stages import measure, plan
 
 SMALL = (
     "stage=measure",
@@ -46,38 +49,57 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_gaps_and_plan_are_written(measured, capsys):
+def layers_in(folder):
+    return [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
+
+
+@pytest.fixture
+def planned(composed, tmp_path):
+    """planned("override", ...) runs stage=plan on what was measured and returns its ranks."""
+
+    def go(*overrides):
+        config = composed(*SMALL, "stage=plan", "plan.rules=[]", *overrides)
+        plan.run(config)
+        rows = read(tmp_path / "runs" / config.run / "plan" / "plan.json")["layers"]
+        return {row["name"]: row["rank"] for row in rows}
+
+    return go
+
+
+def test_gaps_are_written_and_a_plan_follows(measured, planned, capsys):
     folder = measured("rank=proportional", "budget.mean_rank=3")
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert "no aligned embedder" in printed
-    assert "mean rank 3.00" in printed
-    found = read(folder / "layers.json")
-    layers = [Layer.from_dict(record) for record in found["layers"]]
+    assert "stage=plan shows the ranks" in printed
+    found, layers = read(folder / "layers.json"), layers_in(folder)
     assert [layer.name.rpartition(".")[2] for layer in layers[:4]] == ["q", "k", "v", "fc1"]
     for layer in layers:
         for gap in (layer.gap["mmd"], layer.gap["sliced"]):
-            assert gap["low"] <= gap["value"] <= gap["high"]
-            assert 0.1 - 1e-9 <= gap["p"] <= gap["p_family"] + 0.2
-        assert layer.measured["weight"]["stable_rank"] > 1
+            assert gap.p >= 0.1 - 1e-9  # 9 permutations
+            assert gap.p_family >= gap.p - 1e-9 or gap.p_family == pytest.approx(0.1)
+        assert layer.weight.stable_rank > 1
     assert layers[0].gap == layers[1].gap == layers[2].gap  # q, k and v have one input
-    plan = RankPlan.from_dict({**read(folder / "ranks.json"), "schema": 1}).check(layers)
-    assert plan.total_rank == 3 * len(layers)
-    assert plan.measurement
+    assert not list(folder.glob("ranks.json"))
+    ranks = planned("rank=proportional", "budget.mean_rank=3")
+    assert sum(ranks.values()) == 3 * len(layers)
     assert found["agreement"]["depth"]["depth"] == 1.0
 
 
-def test_a_second_run_measures_nothing_and_makes_the_plan_anew(measured, capsys):
+def test_a_second_run_measures_nothing(measured, planned, capsys):
     folder = measured("rank=proportional")
     stamp = (folder / "layers.json").stat().st_mtime_ns
     measured("rank=uniform", "rank.r=2")
     assert "measure is done" in capsys.readouterr().out
     assert (folder / "layers.json").stat().st_mtime_ns == stamp
-    assert set(read(folder / "ranks.json")["ranks"].values()) == {2}
+    assert set(planned("rank=uniform", "rank.r=2").values()) == {2}
     measured("rank=proportional", "layers.group=module", "budget.mean_rank=3")
     assert "measure is done" in capsys.readouterr().out
-    hidden = [rank for name, rank in read(folder / "ranks.json")["ranks"].items() if name.endswith("mlp.fc1")]
+    ranks = planned("rank=proportional", "layers.group=module", "budget.mean_rank=3")
+    hidden = [rank for name, rank in ranks.items() if name.endswith("mlp.fc1")]
     assert len(hidden) == 3
     assert max(hidden) - min(hidden) <= 1
+    with pytest.raises(ValueError, match=r"gap\.measurements\.ot_map=true"):
+        measured("rank=ot_map")
     with pytest.raises(ValueError, match="force=true"):
         measured("gap.splits=3")
     measured("gap.splits=3", "force=true")
@@ -88,7 +110,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
     options = ("gap=spectra", "gap.samples=24", "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3",
                "+data@measure.compare.near=digits_near")  # fmt: skip
     whole = measured(*options, "run=whole")
-    done = {"_pass": 0, "_gradients": 0, "gap_records": 0, "measurements": 0}
+    places = {"side": measure.Pass, "gradients": measure.Pass, "layer_gaps": measure, "measurements": measure}
+    done = dict.fromkeys(places, 0)
 
     def counted(name, original, allowed):
         def call(*args):
@@ -99,16 +122,16 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
 
         return call
 
-    originals = {name: getattr(measure, name) for name in done}
-    for stop, allowed in (("_pass", 1), ("_gradients", 0), ("gap_records", 1), ("measurements", 0), ("gap_records", 3)):
+    originals = {name: getattr(place, name) for name, place in places.items()}
+    for stop, allowed in (("side", 1), ("gradients", 0), ("layer_gaps", 1), ("measurements", 0), ("layer_gaps", 3)):
         for name, original in originals.items():
-            monkeypatch.setattr(measure, name, counted(name, original, allowed if name == stop else None))
+            monkeypatch.setattr(places[name], name, counted(name, original, allowed if name == stop else None))
         with pytest.raises(KeyboardInterrupt):
             measured(*options, "run=torn")
     for name, original in originals.items():
-        monkeypatch.setattr(measure, name, counted(name, original, None))
+        monkeypatch.setattr(places[name], name, counted(name, original, None))
     torn = measured(*options, "run=torn")
-    assert done == {"_pass": 3, "_gradients": 1, "gap_records": 4, "measurements": 2}  # two metrics, two targets
+    assert done == {"side": 3, "gradients": 1, "layer_gaps": 4, "measurements": 2}  # two metrics, two targets
     assert not (torn / "unfinished").exists()
     assert read(torn / "layers.json")["layers"] == read(whole / "layers.json")["layers"]
     assert read(torn / "compare" / "near.json") == read(whole / "compare" / "near.json")
@@ -117,21 +140,22 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
 def test_everything_at_once(measured):
     folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
                       "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
-    layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
+    layers = layers_in(folder)
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:
         assert set(layer.gap) == {m + v for m in ("mmd", "sliced") for v in ("", "_standardised", "_whitened")}
         for kind in ("ot_map", "gradient", "activation"):
-            values = layer.measured[kind]["singular_values"]
-            assert values == sorted(values, reverse=True)
+            values = layer.spectra[kind].singular_values
+            assert values == tuple(sorted(values, reverse=True))
             assert directions[f"{kind}/{layer.name}.A"].shape[1] == layer.d_in
         for kind in ("ot_map", "gradient"):
-            found = layer.measured[kind]
-            assert found["rank"] == sum(value > found["null"] for value in found["singular_values"])
+            found = layer.spectra[kind]
+            assert found.rank == sum(value > found.null for value in found.singular_values)
             assert directions[f"{kind}/{layer.name}.B"].shape[0] == layer.d_out
-        assert layer.measured["importance"] > 0
-        assert layer.measured["fisher"] > 0
-        assert layer.measured["intrinsic_dimension"]["input"] > 0
+        assert layer.spectra["activation"].rank is None
+        assert layer.importance > 0
+        assert layer.fisher > 0
+        assert layer.intrinsic_dimension.input > 0
 
 
 def test_an_aligned_embedder_is_used_and_another_target_is_compared(measured, composed, tmp_path):
@@ -169,6 +193,40 @@ def test_a_rule_without_its_measurement_fails_before_any_work(measured, tmp_path
     assert not (tmp_path / "runs" / "default" / "measure").exists()
 
 
+def test_the_options_of_gap_have_the_defaults_of_the_config(composed):
+    node = plain(composed().gap)
+    metrics = {"mmd": mmd, "sliced": sliced_wasserstein}
+    assert GapOptions.from_dict(node, metrics) == GapOptions(metrics)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"samples": True}, r"gap\.samples must be an integer of at least 8, received True"),
+        ({"samples": 64.0}, r"gap\.samples must be an integer of at least 8, received 64\.0"),
+        ({"samples": None}, r"gap\.samples .* received None"),
+        ({"splits": 0}, r"gap\.splits must be an integer of at least 1, received 0"),
+        ({"bootstrap": "10"}, r"gap\.bootstrap must be an integer of at least 0, received '10'"),
+        ({"permutations": -1}, r"gap\.permutations"),
+        ({"batch_size": 0}, r"gap\.batch_size must be an integer of at least 1, received 0"),
+        ({"slow": {"bootstrap": 1, "permutations": 0.5}}, r"gap\.slow\.permutations .* received 0\.5"),
+        ({"slow": {"bootstrap": 1}}, r"gap\.slow must hold bootstrap and permutations"),
+        ({"slow": 3}, r"gap\.slow must be an object of options, received 3"),
+        ({"variants": "whitened"}, r"gap\.variants must be a list among .*, received 'whitened'"),
+        ({"measurements": {"weight": 1}}, r"gap\.measurements\.weight must be true or false, received 1"),
+        ({"measurements": {"ot_map": True}, "tokens": 1}, r"gap\.tokens must be an integer of at least 2"),
+        ({"measurements": {"ot_map": True}, "null_splits": 1}, r"gap\.null_splits must be an integer of at least 2"),
+        ({"measurements": {"gradient": True}, "sign_draws": 1}, r"gap\.sign_draws must be an integer of at least 2"),
+        ({"sample": 64}, r"gap has no option sample; there are metrics, samples"),
+    ],
+)
+def test_a_bad_option_of_gap_says_what_it_holds_and_may_hold(option, message):
+    with pytest.raises(ValueError, match=message):
+        GapOptions.from_dict(option, {"mmd": mmd})
+    with pytest.raises(ValueError, match=r"gap\.metrics is empty"):
+        GapOptions({})
+
+
 def test_other_contents_of_a_file_are_other_data(measured, tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     x, y = random.normal(size=(40, 3, 8, 8)).astype("float32"), np.arange(40) % 2
@@ -202,18 +260,10 @@ def test_the_same_data_on_both_sides_shows_no_gap(measured):
         assert record["gap"]["mmd"]["low"] is None
 
 
-def test_classes_of_fields_are_clusters():
-    fields = torch.cat([torch.zeros(10, 1, 3, 3), torch.ones(10, 1, 3, 3)]) + 0.01 * torch.randn(20, 1, 3, 3)
-    found = classes(fields, seed=0, clusters=2)
-    assert len(set(found[:10])) == len(set(found[10:])) == 1
-    assert found[0] != found[10]
-    assert classes(torch.tensor([3, 1]), 0).tolist() == [3, 1]
-
-
 def test_agreement_is_spearmans():
     layers = [
-        Layer(str(i), 4, 4, {"mmd": {"value": v}}, {"fisher": float(-i), "gradient": {"rank": i * i}, "weight":
-              {"stable_rank": 2.0}}) for i, v in enumerate([0.1, 0.5, 0.4, 3.0])
+        Layer(str(i), 4, 4, {"mmd": Gap(value)}, WeightRank(2.0, 2.0), fisher=float(-i),
+              spectra={"gradient": Spectrum((), 1.0, 1.0, i * i)}) for i, value in enumerate([0.1, 0.5, 0.4, 3.0])
     ]  # fmt: skip
     found = agreement(layers)
     assert found["depth"]["mmd gap"] == 0.8
@@ -223,19 +273,20 @@ def test_agreement_is_spearmans():
 
 
 @pytest.mark.parametrize("group", ["block", "module"])
-def test_a_vit_is_measured(measured, group):
+def test_a_vit_is_measured(measured, planned, group):
     vit = ("backbone=vit_small", "backbone.pretrained=false", "+backbone.options.img_size=16",
            "+backbone.options.patch_size=8", "+backbone.options.embed_dim=24", "+backbone.options.depth=2",
            "+backbone.options.num_heads=2")  # fmt: skip
     few = ("gap=spectra", "gap.samples=24", "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")
     folder = measured(*vit, *few, r"layers.target='(attn\.qkv|mlp\.fc1)$'", "rank=importance", f"layers.group={group}")
-    layers = [Layer.from_dict(record) for record in read(folder / "layers.json")["layers"]]
+    layers = layers_in(folder)
     parts = ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")
     assert [layer.name for layer in layers] == [f"blocks.{block}.{part}" for block in (0, 1) for part in parts]
-    assert all(layer.measured["gradient"]["energy"] > 0 for layer in layers)
-    plan = RankPlan.from_dict({**read(folder / "ranks.json"), "schema": 1}).check(layers)
-    assert plan.total_rank == 4 * len(layers)
-    first, last = (np.array([plan[f"blocks.{block}.{part}"] for part in parts]) for block in (0, 1))
+    assert all(layer.spectra["gradient"].energy > 0 for layer in layers)
+    options = (r"layers.target='(attn\.qkv|mlp\.fc1)$'", "rank=importance", f"layers.group={group}")
+    ranks = planned(*vit, *options)
+    assert sum(ranks.values()) == 4 * len(layers)
+    first, last = (np.array([ranks[f"blocks.{block}.{part}"] for part in parts]) for block in (0, 1))
     if group == "module":
         assert abs(first - last).max() <= 1
     else:

@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orca_rank import ranks
+from orca_rank.measuring.records import Gap, Spectrum
 from orca_rank.ranks import Budget, Layer, RankPlan
 from orca_rank.ranks.allocate import greedy, spent
 
 
 def layer(name, d_in=32, d_out=64, value=1.0, p=0.01, **measured):
-    return Layer(name, d_in, d_out, {"mmd": {"value": value, "low": 0.0, "high": 2.0, "p": p}}, measured)
+    """In the form of layers.json."""
+    gap = {"mmd": {"value": value, "low": 0.0, "high": 2.0, "p": p}}
+    return Layer.from_dict({"name": name, "d_in": d_in, "d_out": d_out, "gap": gap, **measured})
 
 
 def layers_of(gaps, widths=(32,)):
@@ -24,12 +27,44 @@ GAP_RULES = (ranks.proportional, ranks.shuffled, ranks.ibp_count, ranks.ibp_stic
 
 
 def test_layer_reads_and_writes_the_form_of_layers_json():
-    record = {"name": "a", "d_in": 3, "d_out": 5, "gap": {"mmd": {"value": 0.1}}, "weight": {"stable_rank": 2.0}}
-    assert Layer.from_dict(record).to_dict() == record
-    assert Layer.from_dict(record).cost == 8
-    assert Layer.from_dict(record).full_rank == 3
-    with pytest.raises(ValueError, match="d_out"):
-        Layer.from_dict({"name": "a", "d_in": 3})
+    spectrum = {"singular_values": [3.0, 1.0], "null": 2.0, "energy": 10.5, "rank": 1}
+    record = {
+        "name": "a", "d_in": 3, "d_out": 5,
+        "gap": {"mmd": {"value": 0.1, "low": -0.1, "high": 0.2, "p": 0.005, "p_family": None}},
+        "weight": {"stable_rank": 2.0, "effective_rank": 2.5}, "intrinsic_dimension": {"input": 3.0, "output": 4.0},
+        "importance": 0.25, "fisher": 1e-9, "ot_map": spectrum,
+        "activation": {"singular_values": [], "null": None, "energy": 0.0, "rank": None}, "gradient": spectrum,
+    }  # fmt: skip
+    layer = Layer.from_dict(json.loads(json.dumps(record)))
+    assert layer.to_dict() == record
+    assert list(layer.to_dict()) == list(record)
+    assert Layer.from_dict(layer.to_dict()) == layer
+    assert (layer.gap["mmd"], layer.spectra["ot_map"].singular_values) == (Gap(0.1, -0.1, 0.2, 0.005), (3.0, 1.0))
+    assert (layer.cost, layer.full_rank) == (8, 3)
+    assert Layer.from_dict({**record, "rank": 3, "parameters": 24}) == layer  # a row of plan.json says more
+    assert Layer("a", 3, 5).to_dict() == {"name": "a", "d_in": 3, "d_out": 5, "gap": {}}
+
+
+def test_a_rank_above_the_null_is_counted_where_a_spectrum_does_not_say_it():
+    assert Spectrum.from_dict({"singular_values": [3, 2, 1], "null": 1.5, "energy": 14}).rank == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"name": "a", "d_in": 3}, "d_out"),
+        ({"gap": {"mmd": {"low": 0.1}}}, r"layer a: value must be a finite number, got None"),
+        ({"gap": {"mmd": {"value": float("nan")}}}, r"layer a: value.*nan"),
+        ({"gap": {"mmd": 0.1}}, r"layer a: mmd must be an object, got 0\.1"),
+        ({"weight": {"stable_rank": 2.0}}, r"layer a: effective_rank"),
+        ({"fisher": "1"}, r"layer a: fisher.*'1'"),
+        ({"ot_map": {"null": 1.0, "energy": 1.0}}, r"layer a: a spectrum needs a list of singular_values, got None"),
+    ],
+)
+def test_a_record_that_lacks_a_number_says_which(record, message):
+    shape = {} if "d_in" in record else {"name": "a", "d_in": 3, "d_out": 5}
+    with pytest.raises(ValueError, match=message):
+        Layer.from_dict(shape | record)
 
 
 @pytest.mark.parametrize("given", [{}, {"mean_rank": 1, "parameters": 9}, {"total_rank": -1}])
@@ -169,7 +204,7 @@ def test_from_file(tmp_path):
     path.write_text("[1]")
     with pytest.raises(ValueError, match="object"):
         ranks.from_file(layers, path=path)
-    with pytest.raises(FileNotFoundError, match=r"measure/ranks\.json.*plan/plan\.json"):
+    with pytest.raises(FileNotFoundError, match=r"plan/plan\.json.*finetune/<tag>/ranks\.json"):
         ranks.from_file(layers, path=tmp_path / "none.json")
     with pytest.raises(ValueError, match=r"rank\.path"):
         ranks.from_file(layers)
@@ -300,18 +335,20 @@ NAMES = [f"layers.{s}.blocks.{i}.{kind}" for s in (0, 1) for i in (0, 1) for kin
 )
 def test_a_group_shares_its_mean(by, means):
     layers = [
-        layer(name, value=float(i), p=(i + 1) / 10, importance=2.0 * i, weight={"stable_rank": 3.0 * i},
+        layer(name, value=float(i), p=(i + 1) / 10, importance=2.0 * i,
+              weight={"stable_rank": 3.0 * i, "effective_rank": 9.0}, intrinsic_dimension={"input": i, "output": i + 1},
               gradient={"singular_values": [float(i)], "null": 0.1 * i, "energy": 1.0}) for i, name in enumerate(NAMES)
     ]  # fmt: skip
     found = ranks.averaged(layers, by)
-    assert [x.gap["mmd"]["value"] for x in found] == means
-    assert [x.measured["importance"] for x in found] == pytest.approx([2 * m for m in means])
-    assert [x.measured["weight"]["stable_rank"] for x in found] == pytest.approx([3 * m for m in means])
+    assert [x.gap["mmd"].value for x in found] == means
+    assert [x.importance for x in found] == pytest.approx([2 * m for m in means])
+    assert [x.weight.stable_rank for x in found] == pytest.approx([3 * m for m in means])
+    assert [x.intrinsic_dimension.output for x in found] == pytest.approx([m + 1 for m in means])
     for own, shared in zip(layers, found, strict=True):
         assert (shared.name, shared.cost) == (own.name, own.cost)
-        assert shared.measured["gradient"] == own.measured["gradient"]
-        same = [x.gap["mmd"]["p"] for x, y in zip(layers, found, strict=True) if y.gap == shared.gap]
-        assert shared.gap["mmd"]["p"] == min(same)
+        assert shared.spectra == own.spectra
+        same = [x.gap["mmd"].p for x, y in zip(layers, found, strict=True) if y.gap == shared.gap]
+        assert shared.gap["mmd"].p == min(same)
     plan = ranks.proportional(found, Budget(total_rank=56))
     for mean, x in zip(means, found, strict=True):
         assert abs(plan[x.name] - 56 * mean / sum(means)) <= 1
@@ -319,11 +356,11 @@ def test_a_group_shares_its_mean(by, means):
 
 def test_groups_of_layers_outside_blocks_and_of_missing_numbers():
     layers = [layer("layers.1.downsample.reduction", value=5.0), *(layer(name, value=1.0) for name in NAMES)]
-    assert [x.gap["mmd"]["value"] for x in ranks.averaged(layers, "block")] == [5.0] + [1.0] * 8
-    layers = [Layer("blocks.0.attn.qkv", 4, 4, {"mmd": {"value": 2.0, "p": None}}, {"fisher": 1.0}),
-              Layer("blocks.0.mlp.fc1", 4, 4, {"mmd": {"value": 4.0, "p": 0.1}})]  # fmt: skip
+    assert [x.gap["mmd"].value for x in ranks.averaged(layers, "block")] == [5.0] + [1.0] * 8
+    layers = [Layer("blocks.0.attn.qkv", 4, 4, {"mmd": Gap(2.0), "sliced": Gap(1.0)}, fisher=1.0),
+              Layer("blocks.0.mlp.fc1", 4, 4, {"mmd": Gap(4.0, p=0.1)})]  # fmt: skip
     found = ranks.averaged(layers, "block")
-    assert found[0].gap == found[1].gap == {"mmd": {"value": 3.0, "p": None}}
+    assert found[0].gap == found[1].gap == {"mmd": Gap(3.0)}
     with pytest.raises(ValueError, match="'mmd'"):
         ranks.proportional(found, Budget(total_rank=2), p_max=0.05)
     with pytest.raises(ValueError, match="fisher"):

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from orca_rank import ranks
+from orca_rank.measuring.records import Spectrum
 from orca_rank.ranks import Budget, Layer
 from orca_rank.ranks.posterior import choose_tempering, credible_set, rank_posterior, rank_prior
 from orca_rank.ranks.theory import chain_error, chain_rank, fit_chain, numerical_rank
@@ -12,7 +13,8 @@ from orca_rank.ranks.theory import chain_error, chain_rank, fit_chain, numerical
 
 def layer(name, kind, values, null=1.0, energy=None, d_in=32, d_out=32):
     energy = float(np.square(values).sum()) if energy is None else energy
-    return Layer(name, d_in, d_out, measured={kind: {"singular_values": values, "null": null, "energy": energy}})
+    rank = None if null is None else sum(value > null for value in values)
+    return Layer(name, d_in, d_out, spectra={kind: Spectrum(tuple(values), null, energy, rank)})
 
 
 @pytest.mark.parametrize("rule", [ranks.ot_map, ranks.gradient])

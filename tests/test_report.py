@@ -56,7 +56,6 @@ def measure(run: Path) -> None:
     config = {"data": {"_target_": "a.b.Far"}, "embedder": {"aligned": True}}
     write_json(run / "measure/layers.json", {"layers": layers(1.0), "agreement": agreement}, config=config)
     write_json(run / "measure/compare/near.json", {"name": "near", "layers": layers(0.1)})
-    write_json(run / "measure/ranks.json", plan("proportional", range(8)), inputs=[run / "measure/layers.json"])
 
 
 def plan(rule: str, ranks: Any) -> dict[str, Any]:
@@ -67,7 +66,12 @@ def plan(rule: str, ranks: Any) -> dict[str, Any]:
 
 def counts(run: Path) -> None:
     trainable = {"total": 700, "adapter": 500, "embedder": 100, "predictor": 100, "other": 0}
-    write_json(run / "plan/plan.json", {"trainable_parameters": trainable, "total_parameters": 9000, "layers": []})
+    made = plan("proportional", range(8))
+    rows = [{"name": name, "d_in": 8, "d_out": 8, "rank": r, "parameters": 16 * r} for name, r in made["ranks"].items()]
+    said = {name: made[name] for name in ("rule", "budget", "options")}
+    measured = [path for path in [run / "measure/layers.json"] if path.exists()]
+    payload = {"trainable_parameters": trainable, "total_parameters": 9000, "layers": rows, **said}
+    write_json(run / "plan/plan.json", payload, inputs=measured)
 
 
 def finetune(run: Path, tag: str, val: float, metric: str = "error", data: dict[str, Any] | None = None) -> None:
@@ -191,7 +195,7 @@ def test_names_are_escaped(config: DictConfig, run: Path) -> None:
     [
         ("measure/layers.json", "{", r"layers\.json is damaged .* stage=measure run=mine .*force=true"),
         ("measure/layers.json", '{"schema": 1}', r"layers\.json lacks layers: run .*stage=measure"),
-        ("measure/ranks.json", '{"schema": 0}', r"ranks\.json has schema 0.*stage=measure"),
+        ("plan/plan.json", '{"schema": 0}', r"plan\.json has schema 0.*stage=plan"),
         ("align/curve.csv", "epoch,loss\n0,high\n", r"curve\.csv is damaged .*stage=align"),
         ("align/curve.csv", "epoch\n0\n", r"curve\.csv lacks loss: .*stage=align"),
         ("finetune/one/metrics.json", '{"schema": 1, "metric": "error"}', r"metrics\.json lacks task.*stage=finetune"),
@@ -202,6 +206,7 @@ def test_a_damaged_file_is_an_error_that_names_the_command(
 ) -> None:
     align(run)
     measure(run)
+    counts(run)
     finetune(run, "one", 0.25)
     (run / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -211,6 +216,7 @@ def test_a_damaged_file_is_an_error_that_names_the_command(
 
 def test_a_plan_older_than_its_measurement_is_pointed_out(config: DictConfig, run: Path) -> None:
     measure(run)
+    counts(run)
     write_json(run / "measure/layers.json", {"layers": layers(2.0)})
     report.run(config)
     assert "layers.json changed after" in page(run)
@@ -221,7 +227,7 @@ def test_a_figure_that_is_no_longer_made_is_removed(config: DictConfig, run: Pat
     (run / "report").mkdir()
     (run / "report/old.png").write_bytes(b"")
     report.run(config)
-    assert [path.name for path in (run / "report").iterdir()] == ["parameters.png"]
+    assert {path.name for path in (run / "report").iterdir()} == {"parameters.png", "ranks.png"}
 
 
 def test_a_gallery_is_left_out_where_the_data_cannot_be_had(

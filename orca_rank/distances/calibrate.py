@@ -7,20 +7,19 @@ the same side and taken away, and what is left is divided by the layer's own spr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from orca_rank.distances.scores import Score, make_score
+from orca_rank.distances.scores import Metric, Score, make_score
 
 ACROSS = ((0, 1),)
 HALVES = ((0, 2), (1, 3), (0, 1), (2, 3))  # S₁T₁, S₂T₂, S₁S₂, T₁T₂
 
 
-class Gap(NamedTuple):
+class Calibrated(NamedTuple):
     """A calibrated gap.
 
     value: the effect size. low, high: its 95 % bootstrap interval (NaN without bootstrap).
@@ -38,7 +37,7 @@ class Gap(NamedTuple):
 
 
 def calibrate(
-    metric: Callable[..., object],
+    metric: Metric,
     x: Float[np.ndarray, "n d"],
     y: Float[np.ndarray, "m e"],
     x_label: Int[np.ndarray, " n"] | None = None,
@@ -48,7 +47,7 @@ def calibrate(
     bootstrap: int = 200,
     permutations: int = 199,
     seed: int = 0,
-) -> Gap:
+) -> Calibrated:
     """The gap between two samples of one layer's features, on a scale shared by all layers.
 
         D = { ½[D(S₁,T₁) + D(S₂,T₂)] − ½[D(S₁,S₂) + D(T₁,T₂)] } / scale,   averaged over random halves,
@@ -84,6 +83,8 @@ def calibrate(
     else:
         halves = _halves(labels, n, splits, seed)
         value = float(_split_effect(score, halves).mean())
+    if not np.isfinite(value):
+        raise ValueError(f"the metric gave {value}: it must return a finite number for finite features")
 
     low = high = p = float("nan")
     generator = np.random.default_rng([seed, 2])
@@ -102,7 +103,7 @@ def calibrate(
         statistic = score.between([members, 1 - members], ACROSS)[:, 0]
         observed, null = float(statistic[0]), statistic[1:]
         p = float((1 + (null >= observed).sum()) / (1 + permutations))
-    return Gap(value / score.scale, float(low) / score.scale, float(high) / score.scale, p, observed, null)
+    return Calibrated(value / score.scale, float(low) / score.scale, float(high) / score.scale, p, observed, null)
 
 
 def family_p(

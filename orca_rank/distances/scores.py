@@ -22,6 +22,7 @@ from orca_rank.distances.sliced import directions, sliced_wasserstein
 
 Counts = Int[np.ndarray, "draws images"]
 Pairs = Sequence[tuple[int, int]]
+Metric = Callable[..., Any]  # (x (n, d), y (m, d)) -> number, or with labels (x, x_label, y, y_label)
 
 
 class Score(NamedTuple):
@@ -38,9 +39,7 @@ class Score(NamedTuple):
     exchangeable: bool = True
 
 
-def make_score(
-    metric: Callable[..., Any], pooled: Float[np.ndarray, "images d"], labels: Int[np.ndarray, " images"]
-) -> Score:
+def make_score(metric: Metric, pooled: Float[np.ndarray, "images d"], labels: Int[np.ndarray, " images"]) -> Score:
     """The fast route of a known metric, or one that calls `metric` for every pair of groups.
 
     Args:
@@ -62,7 +61,7 @@ def make_score(
     )
 
 
-def check_metric(name: str, metric: Callable[..., Any]) -> None:
+def check_metric(name: str, metric: Metric) -> None:
     """Raise ValueError if a metric is given options that its function does not take: fast routes never call it."""
     function, options = _unwrap(metric)
     taken = inspect.signature(function).parameters
@@ -72,7 +71,7 @@ def check_metric(name: str, metric: Callable[..., Any]) -> None:
         raise ValueError(f"the metric {name} does not take {', '.join(unknown)}; its options are {', '.join(taken)}")
 
 
-def has_fast_route(metric: Callable[..., Any]) -> bool:
+def has_fast_route(metric: Metric) -> bool:
     """Whether `make_score` shares its work between the groups for this metric."""
     function, options = _unwrap(metric)
     if function is mmd:
@@ -81,7 +80,7 @@ def has_fast_route(metric: Callable[..., Any]) -> bool:
     return function is energy_distance or (function is sliced_wasserstein and options.get("p", 2) == 2)
 
 
-def _unwrap(metric: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _unwrap(metric: Metric) -> tuple[Metric, dict[str, Any]]:
     """The function behind nested partials and their keyword options."""
     options: dict[str, Any] = {}
     while isinstance(metric, functools.partial):
@@ -89,7 +88,7 @@ def _unwrap(metric: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, A
     return metric, options
 
 
-def _kernel_score(function: Callable[..., Any], options: dict[str, Any], pooled: np.ndarray) -> Score:
+def _kernel_score(function: Metric, options: dict[str, Any], pooled: np.ndarray) -> Score:
     """U-statistics mean k(x,x') + mean k(y,y') − 2 mean k(x,y), pairs of an image with itself left out.
 
     The scale is the spread of the feature space, k(x,x) − mean k(x,x'), averaged over the two sides.
@@ -152,8 +151,8 @@ def _sliced_score(pooled: np.ndarray, projections: int = 64, seed: int = 0, **_:
 
 
 def _general_score(
-    metric: Callable[..., Any],
-    function: Callable[..., Any],
+    metric: Metric,
+    function: Metric,
     options: dict[str, Any],
     pooled: np.ndarray,
     labels: np.ndarray,

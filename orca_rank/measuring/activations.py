@@ -6,13 +6,14 @@ out once: small pieces kept between the large temporaries of a forward pass woul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from orca_rank.measuring.passes import limited, watch
 
 
 class Inputs(NamedTuple):
@@ -38,8 +39,8 @@ def module_of(layer: str, body: nn.Module) -> str:
 
 
 def collect(
-    model: Callable[[Tensor], Any],
-    modules: dict[str, nn.Module],
+    model: Callable[[Tensor], object],
+    modules: Mapping[str, nn.Module],
     batches: Iterable[Sequence[Tensor]],
     samples: int,
     *,
@@ -71,7 +72,9 @@ def collect(
     labels: list[Tensor] = []
     count = 0
 
-    def keep(name: str, x: Tensor) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
+    def keep(
+        name: str, x: Tensor, _: Tensor
+    ) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
         x = x.detach().reshape(images, -1, x.shape[-1]).float()
         if name not in pooled:
             pooled[name] = torch.empty(samples, x.shape[2])
@@ -82,14 +85,12 @@ def collect(
             kept[name][count : count + giving] = x[:giving, place.to(x.device)]
 
     with watch(modules, keep), torch.inference_mode():
-        for x, y, *_ in batches:
-            images = min(len(x), samples - count)
-            model(x[:images].to(device))
-            labels.append(y[:images].cpu())
+        for x, y in limited(batches, samples):
+            images = len(x)
+            model(x.to(device))
+            labels.append(y.cpu())
             count += images
             advance(images)
-            if count >= samples:
-                break
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
     for name, rows in pooled.items():
@@ -97,17 +98,3 @@ def collect(
             raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")
     result = {name: Inputs(pooled[name][:count], kept[name][:count]) for name in modules}
     return result, torch.cat(labels)
-
-
-@contextmanager
-def watch(modules: dict[str, nn.Module], keep: Callable[[str, Tensor], None]) -> Any:
-    """Call keep(name, input) whenever one of the modules runs."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.measuring.spectra import Spectrum, leading, upper_bound
+from orca_rank.measuring.passes import limited, watch
+from orca_rank.measuring.spectra import Decomposition, leading, upper_bound
 
 ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
 
@@ -43,7 +42,7 @@ class Gradients:
     def mean(self, rows: slice = slice(None)) -> Float[Tensor, "d_out d_in"]:
         return self.total[rows] / self.count
 
-    def spectrum(self, rows: slice = slice(None), keep: int = 32) -> Spectrum:
+    def spectrum(self, rows: slice = slice(None), keep: int = 32) -> Decomposition:
         """Singular values of G, and as null the upper bound of the first of (1/n) Σ ε_m (P_m − G).
 
         Random signs keep how the tokens of an image hang together and destroy what the images share. G is taken away
@@ -59,7 +58,7 @@ class Gradients:
         k = min(keep, len(s))
         root = s[:k].sqrt()
         b, a = -u[:, :k] * root, root[:, None] * vh[:k]  # a step against the gradient
-        return Spectrum(s[:k], null, float(gradient.square().sum()), a, b)
+        return Decomposition(s[:k], null, float(gradient.square().sum()), a, b)
 
     def importance(self, weight: Float[Tensor, "d_out d_in"], rows: slice = slice(None)) -> float:
         """mean |W ⊙ G| (GoRA, arXiv 2502.12171)."""
@@ -75,7 +74,7 @@ def collect_gradients(
     embed: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
-    modules: dict[str, nn.Module],
+    modules: Mapping[str, nn.Linear],
     batches: Iterable[Sequence[Tensor]],
     samples: int,
     *,
@@ -96,45 +95,34 @@ def collect_gradients(
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
-    sums = {name: Gradients(tuple(module.weight.shape), draws, device) for name, module in modules.items()}
+    sums = {
+        name: Gradients((module.out_features, module.in_features), draws, device) for name, module in modules.items()
+    }
     count = 0
 
-    def keep(name: str, x: Tensor, g: Tensor) -> None:  # windows of an image follow each other: (b nW, ...) -> (b, ...)
-        sums[name].add(x.reshape(images, -1, x.shape[-1]).float(), g.reshape(images, -1, g.shape[-1]).float(), signs)
+    def seen(name: str, x: Tensor, output: Tensor) -> None:
+        x = x.detach()
 
-    with watch_gradients(modules, keep), torch.enable_grad():
-        for x, y, *_ in batches:
-            images = min(len(x), samples - count)
+        def add(g: Tensor) -> None:  # windows of an image follow each other: (b nW, ...) -> (b, ...)
+            images = signs.shape[1]
+            sums[name].add(
+                x.reshape(images, -1, x.shape[-1]).float(), g.reshape(images, -1, g.shape[-1]).float(), signs
+            )
+
+        output.register_hook(add)
+
+    with watch(modules, seen), torch.enable_grad():
+        for x, y in limited(batches, samples):
+            images = len(x)
             signs = (torch.randint(0, 2, (draws, images), generator=generator) * 2.0 - 1).to(device)
-            tokens = embed(x[:images].to(device)).detach().requires_grad_()
-            total = loss(head(tokens), y[:images].to(device)) * images
+            tokens = embed(x.to(device)).detach().requires_grad_()
+            total = loss(head(tokens), y.to(device)) * images
             torch.autograd.backward(total, inputs=[tokens])
             count += images
             advance(images)
-            if count >= samples:
-                break
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
     for name, found in sums.items():
         if not torch.isfinite(found.total).all():
             raise ValueError(f"the gradient of {name} is not finite: check the labels and the predictor")
     return sums
-
-
-@contextmanager
-def watch_gradients(modules: dict[str, nn.Module], keep: Callable[[str, Tensor, Tensor], None]) -> Any:
-    """Call keep(name, input, gradient at the output) whenever a gradient reaches one of the modules."""
-
-    def hook(name: str) -> Callable[..., None]:
-        def forward(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            output.register_hook(lambda gradient: keep(name, x, gradient))
-
-        return forward
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,94 +1,85 @@
-"""From what was collected at a layer to its entry in layers.json: gaps, spectra and single numbers."""
+"""From what was collected at a layer to its record: gaps, spectra and single numbers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from jaxtyping import Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from orca_rank.distances.calibrate import Gap, calibrate, family_p, standardise, whiten
-from orca_rank.distances.scores import check_metric, has_fast_route
+from orca_rank.distances.calibrate import Calibrated, calibrate, family_p
+from orca_rank.distances.scores import Metric
 from orca_rank.measuring.activations import Inputs
 from orca_rank.measuring.gradients import Gradients
-from orca_rank.measuring.records import Layer
-from orca_rank.measuring.spectra import Spectrum, activation, intrinsic_dimension, ot_map, transport, weight_ranks
+from orca_rank.measuring.options import VARIANTS, GapOptions
+from orca_rank.measuring.passes import linear
+from orca_rank.measuring.records import SPECTRA, Dimension, Gap, Layer, Spectrum, WeightRank
+from orca_rank.measuring.spectra import Decomposition, activation, intrinsic_dimension, ot_map, transport, weight_rank
 
-VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    "standardised": standardise,
-    "whitened": whiten,
-}
-MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", "gradient", "importance", "fisher")
 KEPT = 32  # singular values of a layer in layers.json
 NEGLIGIBLE = 1e-6  # of the largest
-Record = dict[str, Any]
 
 
 class Side(NamedTuple):
     """What one dataset sent through its model: module -> inputs, and the class of every image."""
 
     inputs: dict[str, Inputs]
-    labels: np.ndarray
+    labels: Int[np.ndarray, " n"]
 
 
-def classes(labels: Tensor, seed: int, clusters: int = 10) -> np.ndarray:
-    """Class of every image; fields (n, c, H, W) are grouped by k-means of their values, k = 10, as in ORCA."""
-    if labels.ndim == 1:
-        return labels.numpy().astype(np.int64)
-    from sklearn.cluster import KMeans
-
-    flat = labels.flatten(1).numpy()
-    return KMeans(min(clusters, len(flat)), n_init=1, random_state=seed).fit_predict(flat).astype(np.int64)
-
-
-def gap_records(
-    gap: DictConfig,
+def layer_gaps(
+    name: str,
+    metric: Metric,
+    options: GapOptions,
     seed: int,
-    metrics: Mapping[str, Callable[..., Any]],
     source: Side,
     target: Side,
-    advance: Callable[[], None],
-) -> dict[str, dict[str, Record]]:
-    """module -> metric -> {"value", "low", "high", "p", "p_family"}; a variant is a metric of its own."""
-    found: dict[str, dict[str, Gap]] = {}
-    for metric, function in metrics.items():
-        draws = gap if has_fast_route(function) else gap.slow
-        for module in source.inputs:
-            pair = source.inputs[module].pooled.numpy(), target.inputs[module].pooled.numpy()
-            versions = {metric: pair} | {f"{metric}_{name}": VARIANTS[name](*pair) for name in gap.variants}
-            for key, (x, y) in versions.items():
-                try:
-                    found.setdefault(key, {})[module] = calibrate(
-                        function,
-                        x,
-                        y,
-                        source.labels,
-                        target.labels,
-                        splits=gap.splits,
-                        bootstrap=draws.bootstrap,
-                        permutations=draws.permutations,
-                        seed=seed,
-                    )
-                except ValueError as error:
-                    raise ValueError(f"{key} at the input of {module}: {error}") from error
-            advance()
-    records: dict[str, dict[str, Record]] = {module: {} for module in source.inputs}
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, Gap]]:
+    """module -> {metric: gap} of one metric; a variant is a metric of its own, `<name>_<variant>`.
+
+    Raises:
+        ValueError: if a module's inputs cannot be compared, naming metric and module.
+    """
+    draws = options.draws(metric)
+    found: dict[str, dict[str, Calibrated]] = {}
+    for module in source.inputs:
+        pair = source.inputs[module].pooled.numpy(), target.inputs[module].pooled.numpy()
+        versions = {name: pair} | {f"{name}_{variant}": VARIANTS[variant](*pair) for variant in options.variants}
+        for key, (x, y) in versions.items():
+            try:
+                found.setdefault(key, {})[module] = calibrate(
+                    metric,
+                    x,
+                    y,
+                    source.labels,
+                    target.labels,
+                    splits=options.splits,
+                    bootstrap=draws.bootstrap,
+                    permutations=draws.permutations,
+                    seed=seed,
+                )
+            except ValueError as error:
+                raise ValueError(f"{key} at the input of {module}: {error}") from error
+        advance()
+    gaps: dict[str, dict[str, Gap]] = {module: {} for module in source.inputs}
     for key, by_module in found.items():
-        observed = np.array([value.observed for value in by_module.values()])
-        together = family_p(observed, np.stack([value.null for value in by_module.values()]))
-        for (module, value), p_family in zip(by_module.items(), together, strict=True):
-            numbers = {"value": value.value, "low": value.low, "high": value.high, "p": value.p}
-            numbers["p_family"] = float(p_family) if len(value.null) else float("nan")
-            records[module][key] = {name: _short(number) for name, number in numbers.items()}
-    return records
+        observed = np.array([one.observed for one in by_module.values()])
+        together = family_p(observed, np.stack([one.null for one in by_module.values()]))
+        for (module, one), p_family in zip(by_module.items(), together, strict=True):
+            family = float(p_family) if len(one.null) else None
+            low, high, p, family = (_known(number) for number in (one.low, one.high, one.p, family))
+            gaps[module][key] = Gap(_short(one.value), low, high, p, family)
+    return gaps
 
 
 def measurements(
-    gap: DictConfig,
+    options: GapOptions,
     seed: int,
     layers: Sequence[Layer],
     modules: Mapping[str, str],
@@ -96,85 +87,60 @@ def measurements(
     source: Side,
     target: Side,
     gradients: Mapping[str, Gradients] | None,
-    advance: Callable[[], None],
-) -> tuple[dict[str, Record], dict[str, Tensor]]:
-    """layer -> what else was measured, and the directions `<measurement>/<layer>.A` and `.B`."""
-    wanted = gap.measurements
-    names = list(source.inputs)
-    dimensions = _dimensions(names, body, target) if wanted.intrinsic_dimension else {}
-    records: dict[str, Record] = {}
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[list[Layer], dict[str, Tensor]]:
+    """The layers with everything but gaps, and the directions `<spectrum>/<layer>.A` (k, d_in) and `.B` (d_out, k).
+
+    Args:
+        modules: layer -> the module whose inputs it reads. gradients: by module; None where nothing asks for them.
+    """
+    asks = options.asks
+    dimensions = _dimensions(body, target) if asks("intrinsic_dimension") else {}
+    measured: list[Layer] = []
     directions: dict[str, Tensor] = {}
     module, carried, active = "", None, None
     for layer in layers:
-        weight, rows = _weight(body, layer.name, modules[layer.name])
+        whole = linear(body, modules[layer.name]).weight.detach().cpu()
+        rows = _rows(layer.name, modules[layer.name], len(whole))
         if modules[layer.name] != module:  # q, k and v follow each other and share their input
             module = modules[layer.name]
-            if wanted.ot_map:
-                sides = source.inputs[module].tokens, target.inputs[module].tokens
-                carried = transport(*sides, splits=gap.null_splits, components=gap.components, seed=seed)
-            if wanted.activation:
-                active = activation(target.inputs[module].tokens, KEPT, seed)
-        record = records[layer.name] = {}
-        spectra: dict[str, Spectrum] = {}
-        if wanted.weight:
-            record["weight"] = {name: _short(value) for name, value in weight_ranks(weight).items()}
+            tokens = source.inputs[module].tokens, target.inputs[module].tokens
+            if asks("ot_map"):
+                carried = transport(*tokens, splits=options.null_splits, components=options.components, seed=seed)
+            if asks("activation"):
+                active = activation(tokens[1], KEPT, seed)
+        found: dict[str, Decomposition] = {}
         if carried is not None:
-            spectra["ot_map"] = ot_map(weight, carried, KEPT)
+            found["ot_map"] = ot_map(whole[rows], carried, KEPT)
         if active is not None:
-            spectra["activation"] = active
-        if module in dimensions:
-            record["intrinsic_dimension"] = dimensions[module]
-        if gradients is not None:
-            own = gradients[module]
-            if wanted.gradient:
-                spectra["gradient"] = own.spectrum(rows, KEPT)
-            if wanted.importance:
-                record["importance"] = _short(own.importance(body.get_submodule(module).weight, rows))
-            if wanted.fisher:
-                record["fisher"] = _short(own.fisher(rows))
-        for name, spectrum in spectra.items():
-            record[name] = _spectrum(spectrum)
-            directions[f"{name}/{layer.name}.A"] = spectrum.a[: gap.directions].float()
-            if spectrum.b is not None:
-                directions[f"{name}/{layer.name}.B"] = spectrum.b[:, : gap.directions].float()
+            found["activation"] = active
+        if gradients is not None and asks("gradient"):
+            found["gradient"] = gradients[module].spectrum(rows, KEPT)
+        for name, one in found.items():
+            directions[f"{name}/{layer.name}.A"] = one.a[: options.directions].float()
+            if one.b is not None:
+                directions[f"{name}/{layer.name}.B"] = one.b[:, : options.directions].float()
+        own = None if gradients is None else gradients[module]
+        measured.append(
+            Layer(
+                layer.name,
+                layer.d_in,
+                layer.d_out,
+                weight=_short_ranks(weight_rank(whole[rows])) if asks("weight") else None,
+                intrinsic_dimension=dimensions.get(module),
+                importance=_short(own.importance(whole, rows)) if own is not None and asks("importance") else None,
+                fisher=_short(own.fisher(rows)) if own is not None and asks("fisher") else None,
+                spectra={name: _spectrum(one) for name, one in found.items()},
+            )
+        )
         advance()
-    return records, directions
-
-
-def check_options(gap: DictConfig, metrics: Mapping[str, Callable[..., Any]]) -> None:
-    """Raise ValueError, naming the option, for what cannot be measured."""
-    if unknown := sorted(set(gap.variants) - set(VARIANTS)):
-        raise ValueError(f"gap.variants has {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
-    if unknown := sorted(set(gap.measurements) - set(MEASUREMENTS)):
-        raise ValueError(f"gap.measurements has {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
-    if not metrics:
-        raise ValueError("gap.metrics is empty: name at least one metric, such as mmd in gap=default")
-    for name, metric in metrics.items():
-        check_metric(name, metric)
-    wanted = gap.measurements
-    least = {"samples": 8, "splits": 1, "bootstrap": 0, "permutations": 0, "slow.bootstrap": 0, "slow.permutations": 0}
-    least |= {"tokens": 2, "components": 1, "directions": 0} if wanted.ot_map or wanted.activation else {}
-    least |= {"null_splits": 2} if wanted.ot_map else {}
-    least |= {"sign_draws": 2} if wanted.gradient else {}
-    for name, smallest in least.items():
-        value = OmegaConf.select(gap, name)
-        if not isinstance(value, int) or value < smallest:
-            raise ValueError(f"gap.{name} must be an integer of at least {smallest}, received {value!r}")
+    return measured, directions
 
 
 def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     """Spearman's rank correlation over layers between depth and everything that gives one number a layer."""
-    columns: dict[str, list[float]] = {"depth": [float(place) for place in range(len(layers))]}
-    for layer in layers:
-        for metric, gap in layer.gap.items():
-            columns.setdefault(f"{metric} gap", []).append(gap["value"])
-        for kind, value in layer.measured.items():
-            if isinstance(value, float):
-                columns.setdefault(kind, []).append(value)
-            elif kind in ("ot_map", "gradient"):
-                columns.setdefault(f"{kind} rank", []).append(float(value["rank"]))
-            elif kind == "weight":
-                columns.setdefault("stable rank", []).append(value["stable_rank"])
+    rows = [_numbers(layer, depth) for depth, layer in enumerate(layers)]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
     varying = {name: values for name, values in columns.items() if len(set(values)) > 1}
     return {
         name: {other: round(float(spearmanr(values, others).statistic), 3) for other, others in varying.items()}
@@ -182,57 +148,69 @@ def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     }
 
 
-def placeholder(gap: DictConfig, metrics: Mapping[str, Callable[..., Any]], layer: Layer) -> Layer:
+def placeholder(options: GapOptions, layer: Layer) -> Layer:
     """A layer with a stand-in for everything that will be measured, to try a rank rule before the work is done."""
-    spectrum = {"singular_values": [1.0], "null": 0.5, "energy": 1.0, "rank": 1}
-    stand_in: Record = {
-        "weight": {"stable_rank": 1.0, "effective_rank": 1.0},
-        "intrinsic_dimension": {"input": 1.0, "output": 1.0},
-        "importance": 1.0,
-        "fisher": 1.0,
-    }
-    measured = {name: stand_in.get(name, spectrum) for name, wanted in gap.measurements.items() if wanted}
-    gaps: dict[str, Record] = {}
-    for metric, function in metrics.items():
-        draws = gap if has_fast_route(function) else gap.slow
-        p = 0.5 if draws.permutations else None
-        one = {"value": 1.0, "low": 1.0, "high": 1.0, "p": p, "p_family": p}
-        gaps |= {f"{metric}{variant}": one for variant in ("", *(f"_{v}" for v in gap.variants))}
-    return Layer(layer.name, layer.d_in, layer.d_out, gaps, measured)
+    asks, gaps = options.asks, {}
+    for metric, function in options.metrics.items():
+        p = 0.5 if options.draws(function).permutations else None
+        names = (metric, *(f"{metric}_{variant}" for variant in options.variants))
+        gaps |= {name: Gap(1.0, 1.0, 1.0, p, p) for name in names}
+    return Layer(
+        layer.name,
+        layer.d_in,
+        layer.d_out,
+        gaps,
+        WeightRank(1.0, 1.0) if asks("weight") else None,
+        Dimension(1.0, 1.0) if asks("intrinsic_dimension") else None,
+        1.0 if asks("importance") else None,
+        1.0 if asks("fisher") else None,
+        {name: Spectrum((1.0,), 0.5, 1.0, 1) for name in SPECTRA if asks(name)},
+    )
 
 
-def _weight(body: nn.Module, layer: str, module: str) -> tuple[Tensor, slice]:
-    weight = body.get_submodule(module).weight.detach().cpu()
+def _numbers(layer: Layer, depth: int) -> dict[str, float]:
+    """What is known of a layer as one number each, under the names of the report."""
+    found = {"depth": float(depth)} | {f"{metric} gap": gap.value for metric, gap in layer.gap.items()}
+    stable = None if layer.weight is None else layer.weight.stable_rank
+    ranks = {f"{name} rank": layer.spectra[name].rank for name in ("ot_map", "gradient") if name in layer.spectra}
+    others = {"stable rank": stable, "importance": layer.importance, "fisher": layer.fisher, **ranks}
+    return found | {name: float(value) for name, value in others.items() if value is not None}
+
+
+def _rows(layer: str, module: str, outputs: int) -> slice:
+    """The outputs of a layer: all of its module's, or a third for q, k or v of a fused matrix."""
     if layer == module:
-        return weight, slice(None)
-    third = len(weight) // 3
-    part = "qkv".index(layer.rpartition(".")[2])
-    rows = slice(part * third, (part + 1) * third)
-    return weight[rows], rows
+        return slice(None)
+    third, part = outputs // 3, "qkv".index(layer.rpartition(".")[2])
+    return slice(part * third, (part + 1) * third)
 
 
-def _dimensions(names: Sequence[str], body: nn.Module, target: Side) -> dict[str, Record]:
+def _dimensions(body: nn.Module, target: Side) -> dict[str, Dimension]:
     """Intrinsic dimension of a module's inputs and of the next one's; the last module is followed by its own output."""
-    last = body.get_submodule(names[-1])
+    names = list(target.inputs)
+    last = linear(body, names[-1])
     with torch.no_grad():
         output = last(target.inputs[names[-1]].pooled.to(last.weight.device)).cpu()
     found = [intrinsic_dimension(target.inputs[name].pooled) for name in names] + [intrinsic_dimension(output)]
-    return {
-        name: {"input": _short(before), "output": _short(after)}
-        for name, before, after in zip(names, found, found[1:], strict=False)
-    }
+    pairs = zip(names, found, found[1:], strict=False)
+    return {name: Dimension(_short(before), _short(after)) for name, before, after in pairs}
 
 
-def _spectrum(spectrum: Spectrum) -> Record:
-    values = spectrum.values.tolist()
-    return {
-        "singular_values": [_short(value) for value in values if value > NEGLIGIBLE * values[0]],
-        "null": None if spectrum.null is None else _short(spectrum.null),
-        "energy": _short(spectrum.energy),
-        "rank": spectrum.rank,
-    }
+def _spectrum(found: Decomposition) -> Spectrum:
+    values = found.values.tolist()
+    kept = tuple(_short(value) for value in values if value > NEGLIGIBLE * values[0])
+    return Spectrum(kept, _known(found.null), _short(found.energy), found.rank)
 
 
-def _short(value: float) -> float | None:
+def _short_ranks(weight: WeightRank) -> WeightRank:
+    return WeightRank(_short(weight.stable_rank), _short(weight.effective_rank))
+
+
+def _short(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
+
+
+def _known(value: float | None) -> float | None:
     """Six significant digits; None for what was not measured."""
-    return None if np.isnan(value) else float(f"{float(value):.6g}")
+    return None if value is None or math.isnan(value) else _short(value)

@@ -1,4 +1,4 @@
-"""How many directions a layer must change: singular values against a noise floor, from what `statistics` collected.
+"""How many directions a layer must change: singular values against a noise floor, from what `activations` collected.
 
 Null models draw whole images: tokens of one image are correlated and are never treated as independent.
 """
@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
+from orca_rank.measuring.records import WeightRank
 
-class Spectrum(NamedTuple):
+
+class Decomposition(NamedTuple):
     """Singular values (k,), largest first; null: what the first would hardly exceed if nothing were there (None where
     there is no such model); energy: what the squares are measured against; a (k, d_in), b (d_out, k): the directions,
     b a being the change itself cut to rank k, or b None where only input directions are known."""
@@ -112,7 +114,7 @@ def transport(
     return Transport(basis, root, _change(_root(source), root), nulls)
 
 
-def ot_map(weight: Float[Tensor, "d_out d_in"], module: Transport, keep: int = 32) -> Spectrum:
+def ot_map(weight: Float[Tensor, "d_out d_in"], module: Transport, keep: int = 32) -> Decomposition:
     """Correcting W x to W T x means ΔW = W (T − I): the singular values of ΔW Σ_t^{1/2}, the change as the target's
     inputs see it. Blind to P(y | x) and to rotations of the inputs."""
     w = weight.double() @ module.basis  # (d_out, m)
@@ -124,29 +126,29 @@ def ot_map(weight: Float[Tensor, "d_out d_in"], module: Transport, keep: int = 3
     root = s[:k].sqrt()
     a = torch.linalg.solve_triangular(module.root, (root[:, None] * vh[:k]), upper=False, left=False) @ module.basis.T
     energy = float((w @ module.root).square().sum())
-    return Spectrum(s[:k], null, energy, a, u[:, :k] * root)
+    return Decomposition(s[:k], null, energy, a, u[:, :k] * root)
 
 
-def activation(tokens: Float[Tensor, "n t d"], keep: int = 32, seed: int = 0) -> Spectrum:
+def activation(tokens: Float[Tensor, "n t d"], keep: int = 32, seed: int = 0) -> Decomposition:
     """Singular values and right singular vectors of the centred inputs (EVA, arXiv 2410.07170); energy is the sum of
     all squares, so values² / energy are explained-variance ratios."""
     rows = tokens.flatten(0, 1).double()
     rows = rows - rows.mean(0)
     energy = float(rows.square().sum())
     _, s, vh = leading(rows, keep, seed)
-    return Spectrum(s[:keep], None, energy, vh[:keep].contiguous(), None)
+    return Decomposition(s[:keep], None, energy, vh[:keep].contiguous(), None)
 
 
-def weight_ranks(weight: Float[Tensor, "d_out d_in"]) -> dict[str, float]:
+def weight_rank(weight: Float[Tensor, "d_out d_in"]) -> WeightRank:
     """Stable rank ‖W‖_F² / ‖W‖₂² and effective rank exp(H(s / Σ s)) of a weight."""
     w = weight.double()
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
     squares = torch.linalg.eigvalsh(gram).clamp_min(0)
     if not squares[-1] > 0:
-        return {"stable_rank": 0.0, "effective_rank": 0.0}
+        return WeightRank(0.0, 0.0)
     share = squares.sqrt() / squares.sqrt().sum()
     entropy = -torch.special.xlogy(share, share).sum()
-    return {"stable_rank": float(squares.sum() / squares[-1]), "effective_rank": float(entropy.exp())}
+    return WeightRank(float(squares.sum() / squares[-1]), float(entropy.exp()))
 
 
 def intrinsic_dimension(points: Float[Tensor, "n d"]) -> float:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from orca_rank.measuring.records import Layer
+from orca_rank.measuring.records import Dimension, Gap, Layer, WeightRank
 
 BY = ("block", "stage", "module")
-SMALLEST = ("p", "p_family")  # a group differs if one of its layers does
 
 
 def averaged(layers: Sequence[Layer], by: str | None) -> list[Layer]:
@@ -37,16 +35,12 @@ def averaged(layers: Sequence[Layer], by: str | None) -> list[Layer]:
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(_group(layer.name, by), []).append(layer)
-    shared = {
-        name: (_mean([member.gap for member in members]), _mean([member.measured for member in members]))
-        for name, members in groups.items()
-    }
-    found = []
-    for layer in layers:
-        gap, measured = shared[_group(layer.name, by)]
-        own = {name: value for name, value in layer.measured.items() if _is_spectrum(value)}
-        found.append(replace(layer, gap=gap, measured={**measured, **own}))
-    return found
+    shared = {name: _shared(members) for name, members in groups.items()}
+    means = [shared[_group(layer.name, by)] for layer in layers]
+    return [
+        replace(mean, name=layer.name, d_in=layer.d_in, d_out=layer.d_out, spectra=layer.spectra)
+        for layer, mean in zip(layers, means, strict=True)
+    ]
 
 
 def _group(name: str, by: str) -> str:
@@ -58,20 +52,34 @@ def _group(name: str, by: str) -> str:
     return name if found is None else found.group()
 
 
-def _mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means of the numbers that all records have, nested as they are."""
-    found: dict[str, Any] = {}
-    for key in records[0]:
-        values = [record.get(key) for record in records]
-        if all(isinstance(value, Mapping) for value in values):
-            if not any(_is_spectrum(value) for value in values):
-                found[key] = _mean(values)
-        elif all(isinstance(value, int | float) for value in values):
-            found[key] = float(np.min(values) if key in SMALLEST else np.mean(values))
-        else:
-            found[key] = None
-    return found
+def _shared(members: Sequence[Layer]) -> Layer:
+    """The first of the members with the group's means in place of its own."""
+    metrics = [metric for metric in members[0].gap if all(metric in member.gap for member in members)]
+    stable = _mean([member.weight and member.weight.stable_rank for member in members])
+    effective = _mean([member.weight and member.weight.effective_rank for member in members])
+    before = _mean([member.intrinsic_dimension and member.intrinsic_dimension.input for member in members])
+    after = _mean([member.intrinsic_dimension and member.intrinsic_dimension.output for member in members])
+    return replace(
+        members[0],
+        gap={metric: _mean_gap([member.gap[metric] for member in members]) for metric in metrics},
+        weight=None if stable is None or effective is None else WeightRank(stable, effective),
+        intrinsic_dimension=None if before is None or after is None else Dimension(before, after),
+        importance=_mean([member.importance for member in members]),
+        fisher=_mean([member.fisher for member in members]),
+    )
 
 
-def _is_spectrum(value: Any) -> bool:
-    return isinstance(value, Mapping) and "singular_values" in value
+def _mean_gap(gaps: Sequence[Gap]) -> Gap:
+    value = float(np.mean([gap.value for gap in gaps]))
+    low, high = _mean([gap.low for gap in gaps]), _mean([gap.high for gap in gaps])
+    return Gap(value, low, high, _smallest([gap.p for gap in gaps]), _smallest([gap.p_family for gap in gaps]))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _smallest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return min(known) if len(known) == len(values) else None

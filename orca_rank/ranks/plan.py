@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from orca_rank.artifacts.files import SCHEMA
 from orca_rank.measuring.records import LayerLike, as_layers, some
 from orca_rank.ranks.peft import lora_arguments
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)

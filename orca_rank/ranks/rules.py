@@ -6,9 +6,9 @@ Every rule is a function `(layers, budget, **options) -> RankPlan` of plain valu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from orca_rank.measuring.records import Layer, LayerLike, as_layers
 from orca_rank.ranks.allocate import power, share
 from orca_rank.ranks.plan import Budget, RankPlan
 
+T = TypeVar("T")
 P_VALUES = "gap.permutations > 0 (of the metrics other than mmd, energy and sliced: gap.slow.permutations > 0)"
 
 
@@ -89,8 +90,8 @@ def from_file(
     path: str | Path | None = None,
     allow_above_full: bool = False,
 ) -> RankPlan:
-    """A plan from JSON: what `RankPlan.to_json`, stage=measure (ranks.json) or stage=plan (plan.json) wrote, or a plain
-    {layer: rank}. No budget is applied.
+    """A plan from JSON: what `RankPlan.to_json`, stage=plan (plan/plan.json) or stage=finetune
+    (finetune/<tag>/ranks.json) wrote, or a plain {layer: rank}. No budget is applied.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is not a plan of exactly these layers.
@@ -100,7 +101,7 @@ def from_file(
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(
-            f"no rank plan at {source}: stage=measure writes measure/ranks.json, stage=plan plan/plan.json"
+            f"no rank plan at {source}: stage=plan writes plan/plan.json, stage=finetune finetune/<tag>/ranks.json"
         )
     try:
         content = json.loads(source.read_text())
@@ -137,26 +138,32 @@ def stable_rank(
     """
     if statistic not in ("stable_rank", "effective_rank"):
         raise ValueError(f"statistic must be stable_rank or effective_rank, got {statistic!r}")
-    return _by_number(layers, budget, "stable_rank", ("weight", statistic), {"statistic": statistic})
+
+    def read(layer: Layer) -> float | None:
+        return layer.weight and (
+            layer.weight.stable_rank if statistic == "stable_rank" else layer.weight.effective_rank
+        )
+
+    return _by_number(layers, budget, "stable_rank", f"weight.{statistic}", read, {"statistic": statistic})
 
 
 def importance(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float = 1.0) -> RankPlan:
     """r_i ∝ (mean |W ⊙ G|)^γ, G the gradient of the target loss at the start (GoRA, arXiv 2502.12171)."""
-    return _by_number(layers, budget, "importance", ("importance",), {"gamma": gamma}, gamma)
+    options = {"gamma": gamma}
+    return _by_number(layers, budget, "importance", "importance", lambda layer: layer.importance, options, gamma)
 
 
 def fisher(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float = 1.0) -> RankPlan:
     """r_i ∝ (mean diagonal of the empirical Fisher information)^γ, from per-image gradients."""
-    return _by_number(layers, budget, "fisher", ("fisher",), {"gamma": gamma}, gamma)
+    return _by_number(layers, budget, "fisher", "fisher", lambda layer: layer.fisher, {"gamma": gamma}, gamma)
 
 
 def gelora(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPlan:
     """r_i = max(d_{i+1} − d_i, 0) + 1 with d_i, d_{i+1} the intrinsic dimensions (TwoNN) of the target data at the
     layer's input and output (GeLoRA, arXiv 2412.09250). With a budget: in proportion to it; without: rounded up."""
     records = as_layers(layers)
-    before = measured(records, "gelora", ("intrinsic_dimension", "input"))
-    after = measured(records, "gelora", ("intrinsic_dimension", "output"))
-    weights = np.maximum(after - before, 0) + 1
+    found = read_all(records, "gelora", "intrinsic_dimension", lambda layer: layer.intrinsic_dimension)
+    weights = np.array([max(one.output - one.input, 0.0) + 1 for one in found])
     if budget is not None:
         return RankPlan(share(records, budget, weights), "gelora", budget)
     ranks = [min(int(np.ceil(weight)), layer.full_rank) for weight, layer in zip(weights, records, strict=True)]
@@ -179,59 +186,47 @@ def gap_values(
     """The calibrated gaps D_i >= 0 of one metric; see `proportional`.
 
     Raises:
-        ValueError: if a layer has no such measurement.
+        MissingMeasurement: if a layer has no such gap, or no p-value of it where one is asked for.
     """
-    entries = [layer.gap.get(metric) or {} for layer in layers]
-    values = [_number(entry.get("value")) for entry in entries]
-    _complain(layers, values, f"the gap '{metric}'", rule, f"'{metric}' among gap.metrics (gap=all has all)")
+    option = f"'{metric}' among gap.metrics (gap=all has all)"
+    gaps = _complete(layers, [layer.gap.get(metric) for layer in layers], f"the gap '{metric}'", rule, option)
+    values = [gap.value for gap in gaps]
     if p_max is not None:
-        p_values = [_number(entry.get("p")) for entry in entries]
-        _complain(layers, p_values, f"p-values of the gap '{metric}'", rule, P_VALUES)
+        p_values = _complete(layers, [gap.p for gap in gaps], f"p-values of the gap '{metric}'", rule, P_VALUES)
         values = [value if p <= p_max else 0.0 for value, p in zip(values, p_values, strict=True)]
     return np.maximum(np.array(values, dtype=float), 0.0)
 
 
-def measured(layers: Sequence[Layer], rule: str, keys: Sequence[str]) -> Float[np.ndarray, " layers"]:
-    """One measured number per layer, reached through nested keys.
+def read_all(layers: Sequence[Layer], rule: str, name: str, read: Callable[[Layer], T | None]) -> list[T]:
+    """What `read` finds in every layer, a measurement called `name`.
 
     Raises:
-        ValueError: if a layer lacks it, naming the option of stage=measure that turns it on.
+        MissingMeasurement: if a layer lacks it, naming the option of stage=measure that turns it on.
     """
-    values = [_number(measurement(layer, keys)) for layer in layers]
-    _complain(layers, values, f"the measurement '{'.'.join(keys)}'", rule, f"gap.measurements.{keys[0]}=true")
-    return np.array(values, dtype=float)
-
-
-def measurement(layer: Layer, keys: Sequence[str]) -> Any:
-    """What `layers.json` holds under nested keys, or None."""
-    value: Any = layer.measured
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    option = f"gap.measurements.{name.partition('.')[0]}=true"
+    return _complete(layers, [read(layer) for layer in layers], f"the measurement '{name}'", rule, option)
 
 
 def _by_number(
     layers: Sequence[LayerLike],
     budget: Budget | None,
     rule: str,
-    keys: tuple[str, ...],
+    name: str,
+    read: Callable[[Layer], float | None],
     options: dict[str, Any],
     gamma: float = 1.0,
 ) -> RankPlan:
     records = as_layers(layers)
     limit = need_budget(budget, rule)
-    values = np.maximum(measured(records, rule, keys), 0.0)
+    values = np.maximum(np.array(read_all(records, rule, name, read)), 0.0)
     return RankPlan(share(records, limit, power(values, gamma)), rule, limit, options)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _complain(layers: Sequence[Layer], values: Sequence[float], what: str, rule: str, option: str) -> None:
-    missing = [layer.name for layer, value in zip(layers, values, strict=True) if not np.isfinite(value)]
+def _complete(layers: Sequence[Layer], values: Sequence[T | None], what: str, rule: str, option: str) -> list[T]:
+    missing = [layer.name for layer, value in zip(layers, values, strict=True) if value is None]
     if missing:
         raise MissingMeasurement(
             f"rank rule {rule} needs {what} of every layer; {len(missing)} of {len(layers)} lack it "
             f"({missing[0]}, ...): run `python -m orca_rank stage=measure` with {option}"
         )
+    return [value for value in values if value is not None]

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from orca_rank.measuring.records import Layer, LayerLike, as_layers
+from orca_rank.measuring.records import Layer, LayerLike, Spectrum, as_layers
 from orca_rank.ranks.allocate import greedy
 from orca_rank.ranks.plan import Budget, RankPlan
-from orca_rank.ranks.rules import measured, measurement, need_budget
+from orca_rank.ranks.rules import need_budget, read_all
 
 BELOW = 1e-9  # what a direction under the noise floor counts, against its own square
 
@@ -23,8 +23,8 @@ def ot_map(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPla
     those under the null come last.
     """
     records = as_layers(layers)
-    energy = measured(records, "ot_map", ("ot_map", "energy"))
-    return _above_null(records, budget, "ot_map", energy)
+    found = _spectra(records, "ot_map")
+    return _above_null(records, budget, "ot_map", found, [one.energy for one in found])
 
 
 def gradient(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPlan:
@@ -35,7 +35,7 @@ def gradient(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankP
     come last. For L serial layers one update of rank k shows in each of them, so the counts may be up to L times k.
     """
     records = as_layers(layers)
-    return _above_null(records, budget, "gradient", np.ones(len(records)))
+    return _above_null(records, budget, "gradient", _spectra(records, "gradient"), [1.0] * len(records))
 
 
 def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho: float = 2.0) -> RankPlan:
@@ -50,8 +50,8 @@ def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho
         raise ValueError(f"rho must be a finite number of at least 1, got {rho}")
     records = as_layers(layers)
     limit = need_budget(budget, "activation")
-    energy = measured(records, "activation", ("activation", "energy"))
-    values = [s**2 / total for s, total in zip(_values(records, "activation"), energy, strict=True)]
+    spectra = _spectra(records, "activation")
+    values = [np.square(one.singular_values) / one.energy if one.energy > 0 else [] for one in spectra]
     even = limit.allowed(records) / sum(limit.unit_costs(records))
     cap = max(limit.r_min, int(np.ceil(rho * even)))
     capped = replace(limit, r_max=cap if limit.r_max is None else min(cap, limit.r_max))
@@ -59,20 +59,21 @@ def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho
     return RankPlan(ranks, "activation", limit, {"rho": rho})
 
 
-def _above_null(records: list[Layer], budget: Budget | None, rule: str, energy: np.ndarray) -> RankPlan:
-    null = measured(records, rule, (rule, "null"))
-    spectra = _values(records, rule)
+def _above_null(
+    records: list[Layer], budget: Budget | None, rule: str, spectra: Sequence[Spectrum], energy: Sequence[float]
+) -> RankPlan:
+    null = read_all(records, rule, f"{rule}.null", lambda layer: layer.spectra[rule].null)
+    squares = [np.square(one.singular_values) for one in spectra]
+    above = [np.array(one.singular_values) > floor for one, floor in zip(spectra, null, strict=True)]
     if budget is None:
-        counts = [int((s > floor).sum()) for s, floor in zip(spectra, null, strict=True)]
-        ranks = {layer.name: min(count, layer.full_rank) for layer, count in zip(records, counts, strict=True)}
-        return RankPlan(ranks, rule)
+        counts = {layer.name: int(own.sum()) for layer, own in zip(records, above, strict=True)}
+        return RankPlan({layer.name: min(counts[layer.name], layer.full_rank) for layer in records}, rule)
     values = [
-        np.where(s > floor, 1.0, BELOW) * s**2 / total if total > 0 else 0 * s
-        for s, floor, total in zip(spectra, null, energy, strict=True)
+        np.where(own, 1.0, BELOW) * square / total if total > 0 else 0 * square
+        for square, own, total in zip(squares, above, energy, strict=True)
     ]
     return RankPlan(greedy(records, budget, values), rule, budget)
 
 
-def _values(records: list[Layer], rule: str) -> list[np.ndarray]:
-    measured(records, rule, (rule, "energy"))  # the whole measurement is there or not
-    return [np.asarray(measurement(layer, (rule, "singular_values")), dtype=float) for layer in records]
+def _spectra(records: list[Layer], rule: str) -> list[Spectrum]:
+    return read_all(records, rule, rule, lambda layer: layer.spectra.get(rule))

@@ -52,8 +52,8 @@ class RunFolder:
     """What a run folder holds; None or empty where a stage has not run.
 
     Attributes:
-        align, layers, ranks, plan: the payloads of align/metrics.json, measure/layers.json, measure/ranks.json and
-            plan/plan.json. alignment: rows of align/curve.csv. compare: name -> measure/compare/<name>.json.
+        align, layers, plan: the payloads of align/metrics.json, measure/layers.json and plan/plan.json.
+        alignment: rows of align/curve.csv. compare: name -> measure/compare/<name>.json.
         tunes: the finished fine-tunes, best validation metric first within each metric.
         missing: (what is missing, the command that makes it). stale: one sentence per file whose inputs changed.
     """
@@ -63,7 +63,6 @@ class RunFolder:
     alignment: Rows = field(default_factory=list)
     layers: Record | None = None
     compare: dict[str, Record] = field(default_factory=dict)
-    ranks: Record | None = None
     plan: Record | None = None
     tunes: list[Tune] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -71,7 +70,7 @@ class RunFolder:
 
     @property
     def empty(self) -> bool:
-        return not (self.align or self.layers or self.ranks or self.plan or self.tunes)
+        return not (self.align or self.layers or self.plan or self.tunes)
 
 
 def read_run(config: DictConfig) -> RunFolder:
@@ -84,12 +83,11 @@ def read_run(config: DictConfig) -> RunFolder:
     run.align = _read(run, config, "align/metrics.json", "align", "the alignment", ("distances", "objective"))
     run.alignment = _curve(run.path / "align/curve.csv", made_by(config, "align"), ("epoch", "loss"))
     run.layers = _read(run, config, "measure/layers.json", "measure", "the gap of every layer", ("layers",))
-    run.ranks = _read(run, config, "measure/ranks.json", "measure", "the rank plan", ("rule", "ranks"))
     for path in sorted((run.path / "measure/compare").glob("*.json")):
         name = f"measure/compare/{path.name}"
         run.compare[path.stem] = _read(run, config, name, "measure", path.stem, ("layers",)) or {}
     parts = ("trainable_parameters", "total_parameters", "layers")
-    run.plan = _read(run, config, "plan/plan.json", "plan", "the parameter counts", parts)
+    run.plan = _read(run, config, "plan/plan.json", "plan", "the rank plan and the parameter counts", parts)
     for folder in sorted(path for path in (run.path / "finetune").glob("*") if path.is_dir()):
         run.tunes += _tune(run, config, folder)
     run.tunes.sort(key=lambda tune: (tune.metric, tune.val))

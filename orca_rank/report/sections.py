@@ -121,7 +121,8 @@ def gaps(page: Page, run: RunFolder) -> None:
 
 
 def ranks(page: Page, run: RunFolder) -> None:
-    plans: list[tuple[str, Record]] = [("measured", run.ranks)] if run.ranks else []
+    planned = _planned(run)
+    plans: list[tuple[str, Record]] = [("plan.json", planned)] if planned else []
     plans += [(tune.tag, tune.plan) for tune in run.tunes if tune.plan]
     if not plans:
         return
@@ -139,7 +140,7 @@ def ranks(page: Page, run: RunFolder) -> None:
         chosen = plan["ranks"]
         groups.setdefault(tuple(chosen.items()), []).append(title)
         row = {
-            "plan": "ranks.json of stage=measure" if title == "measured" else title,
+            "plan": title,
             "rule": plan["rule"],
             "budget": budget_text(plan),
             "mean rank": sum(chosen.values()) / len(chosen),
@@ -244,15 +245,22 @@ def _finetunes(page: Page, tunes: Sequence[Tune], metric: str, baselines: Mappin
         )
 
 
+def _planned(run: RunFolder) -> Record | None:
+    """plan/plan.json in the form of a fine-tune's ranks.json; None where there is none, or no layer gets a rank."""
+    if run.plan is None or run.plan.get("rule") is None:
+        return None
+    ranks = {layer["name"]: layer["rank"] for layer in run.plan["layers"]}
+    return {**{name: run.plan.get(name) for name in ("rule", "budget", "options")}, "ranks": ranks}
+
+
 def _plan_title(titles: Sequence[str], plan: Record) -> str:
-    names = ["stage=measure" if title == "measured" else title for title in titles]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    more = f" and {len(titles) - 3} more" if len(titles) > 3 else ""
     rule = " ".join(part for part in (plan["rule"] or "given", budget_text(plan)) if part)
-    return f"{rule}: {', '.join(names[:3])}{more}"
+    return f"{rule}: {', '.join(titles[:3])}{more}"
 
 
 def _layer_rows(run: RunFolder) -> list[Record]:
-    chosen = run.ranks["ranks"] if run.ranks else {}
+    chosen = (_planned(run) or {}).get("ranks", {})
     rows = []
     for layer in run.layers["layers"] if run.layers else []:
         row = {"layer": layer["name"], "d_in × d_out": f"{layer['d_in']} × {layer['d_out']}"}

@@ -17,6 +17,8 @@ from orca_rank.artifacts.files import read_tensors, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.backbone import create_model, weights_hash
 from orca_rank.build import build
+from orca_rank.measuring.classes import Labeller
+from orca_rank.measuring.passes import limited
 from orca_rank.stages.setup import (
     aligned_embedder,
     close_logger,
@@ -28,14 +30,7 @@ from orca_rank.stages.setup import (
     stage_folder,
 )
 from orca_rank.training.align import Align, Curve
-from orca_rank.training.features import (
-    Labeller,
-    Source,
-    embed,
-    limited,
-    plain_loader,
-    targets,
-)
+from orca_rank.training.features import Source, embed, plain_loader, targets
 from orca_rank.training.held_out import Distances, compare, sentence
 
 console = Console()

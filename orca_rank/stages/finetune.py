@@ -177,7 +177,7 @@ def _inputs(config: DictConfig, plan: RankPlan | None) -> list[Path]:
     """The files of earlier stages that the result depends on."""
     inputs = [aligned_embedder(config)] if config.embedder.aligned else []
     measured = stage_folder(config, "measure") / "layers.json"
-    if plan is not None and plan.rule not in ("uniform", "from_file") and measured.exists():
+    if plan is not None and plan.measurement:
         inputs.append(measured)
     return inputs
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from orca_rank import ranks
 from orca_rank.artifacts.files import write_json
 from orca_rank.artifacts.provenance import select
 from orca_rank.build import build
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.planning import budget_of, grouped, layers_of, make_plan
+from orca_rank.stages.layer_table import plan_tables
+from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import bare_model, outline, stage_folder
 from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable
 
@@ -55,9 +55,11 @@ def run(config: DictConfig) -> None:
         config, "data", "backbone", "layers", "embedder", "predictor", "adapter", "rank", "budget", "plan"
     )
     path = stage_folder(config, "plan") / "plan.json"
-    payload = {**counts, "rule": plan.rule if plan is not None else None, "layers": rows, "rules": others}
+    made = plan.to_dict() if plan is not None else {}
+    said = {name: made.get(name) for name in ("rule", "budget", "options", "measurement")}
+    payload = {**counts, **said, "layers": rows, "rules": others}
     write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
-    _print(layers, rows, others, counts)
+    _print(layers, chosen, others, counts)
     console.print(f"written to {path}", soft_wrap=True)
 
 
@@ -91,43 +93,12 @@ def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[
 
 def _print(
     layers: Sequence[Layer],
-    rows: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, int],
     others: Mapping[str, Mapping[str, int]],
     counts: Mapping[str, Any],
 ) -> None:
-    chosen = {row["name"]: row["rank"] for row in rows}
-    tables: list[dict[str, Mapping[str, int]]] = [{}]
-    left = room = console.width - 57  # what the other columns leave to further rules
-    for name, plan in others.items():
-        width = max(len(name), 8) + 3
-        if tables[-1] and width > left:
-            tables, left = [*tables, {}], room
-        tables[-1][name] = plan
-        left -= width
-    for table in tables:
-        console.print(_table(layers, chosen, table))
+    for table in plan_tables(layers, chosen, others, console.width):
+        console.print(table)
     trained = counts["trainable_parameters"]
     parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
     console.print(f"trainable: {trained['total']:,} of {counts['total_parameters']:,} parameters ({parts})")
-
-
-def _table(layers: Sequence[Layer], chosen: Mapping[str, int], others: Mapping[str, Mapping[str, int]]) -> Table:
-    """A row a layer; q, k and v of one matrix share a row."""
-    metric = next((name for layer in layers for name in layer.gap), None)
-    shaped = not others or console.width >= 110
-    titles = [*(["d_in × d_out"] if shaped else []), *([f"gap ({metric})"] if metric else []), "rank", *others]
-    table = Table("layer", *titles, "parameters")
-    for column in table.columns:
-        column.no_wrap, column.justify = True, "left" if column.header == "layer" else "right"
-    for name, members in grouped(layers).items():
-        first = members[0]
-        gap = [f"{first.gap[metric]['value']:.3g}"] if metric else []
-        columns = [" ".join(str(plan[layer.name]) for layer in members) for plan in (chosen, *others.values())]
-        parameters = sum(chosen[layer.name] * layer.cost for layer in members)
-        shape = [f"{first.d_in} × {first.d_out}"] if shaped else []
-        table.add_row(name, *shape, *gap, *columns, f"{parameters:,}")
-    if others:
-        spent = [f"{sum(plan[layer.name] * layer.cost for layer in layers):,}" for plan in (chosen, *others.values())]
-        table.add_section()
-        table.add_row("parameters", *[""] * (len(titles) - 1 - len(others)), *spent, "")
-    return table

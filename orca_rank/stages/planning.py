@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from omegaconf import DictConfig
 from torch import nn
 
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import read_json
+from orca_rank.artifacts.files import file_hash, read_json
 from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
@@ -42,22 +42,14 @@ def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
     return [Layer.from_dict(measured[layer.name]) for layer in layers]
 
 
-def grouped(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Rows of a table: q, k and v of one matrix together, under names without what every name repeats."""
-    groups: dict[str, list[Layer]] = {}
-    for layer in layers:
-        parent, _, part = layer.name.rpartition(".")
-        name = f"{parent} (q k v)" if part in ("q", "k", "v") else layer.name
-        groups.setdefault(re.sub(r"\b(layers|blocks)\.", "", name), []).append(layer)
-    return groups
-
-
-def make_plan(config: DictConfig, layers: list[Layer]) -> RankPlan:
+def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
-    budget, and checked against them."""
-    plan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config))
+    budget, checked against them, and with the hash of the measurements where there are any that it may have read."""
+    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config))
     plan.check(layers)
-    return plan
+    path = stage_folder(config, "measure") / "layers.json"
+    blind = plan.rule in ("uniform", "from_file") or not path.exists()
+    return plan if blind else replace(plan, measurement=file_hash(path))
 
 
 def budget_of(config: DictConfig) -> Budget | None:

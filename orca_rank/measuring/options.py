@@ -1,0 +1,121 @@
+"""What stage=measure is asked for, checked once before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from orca_rank.distances.calibrate import standardise, whiten
+from orca_rank.distances.scores import Metric, check_metric, has_fast_route
+
+VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    "standardised": standardise,
+    "whitened": whiten,
+}
+MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", "gradient", "importance", "fisher")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often images are drawn again: bootstrap for the 95 % intervals, permutations for the p-values; 0 for none."""
+
+    bootstrap: int
+    permutations: int
+
+
+@dataclass(frozen=True)
+class GapOptions:
+    """The options of the config group `gap`, by the same names and with the same defaults.
+
+    Args:
+        metrics: name -> a function (x (n, d), y (m, d)) -> number. samples: images of each side.
+        batch_size: images of a forward pass, None as the data have it. splits: random halvings that are averaged.
+        bootstrap, permutations: draws for metrics with a fast route; slow: the draws of all others.
+        variants: of `VARIANTS`, features on which every metric is taken too. measurements: of `MEASUREMENTS`.
+        tokens: kept of each side at every layer for spectra. null_splits, sign_draws: draws behind the nulls of the
+            transport map and of the gradient. components: wider inputs are projected on so many for the transport map.
+        directions: singular vectors kept for adapters to start from.
+
+    Raises:
+        ValueError: for a value that cannot be used, naming the option, what it holds and what it may hold.
+    """
+
+    metrics: Mapping[str, Metric]
+    samples: int = 256
+    batch_size: int | None = 32
+    splits: int = 8
+    bootstrap: int = 100
+    permutations: int = 199
+    slow: Draws = Draws(20, 39)
+    variants: tuple[str, ...] = ()
+    measurements: frozenset[str] = frozenset({"weight"})
+    tokens: int = 2048
+    null_splits: int = 10
+    sign_draws: int = 8
+    components: int = 128
+    directions: int = 16
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.variants) - set(VARIANTS)):
+            raise ValueError(f"gap.variants has {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+        if unknown := sorted(self.measurements - set(MEASUREMENTS)):
+            raise ValueError(f"gap.measurements has {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}")
+        if not self.metrics:
+            raise ValueError("gap.metrics is empty: name at least one metric, such as mmd in gap=default")
+        for name, metric in self.metrics.items():
+            check_metric(name, metric)
+        carried = self.asks("ot_map", "activation")
+        least = {"samples": 8, "splits": 1, "bootstrap": 0, "permutations": 0}
+        least |= {"tokens": 2 if carried else 0, "components": 1 if self.asks("ot_map") else 0, "directions": 0}
+        least |= {"null_splits": 2 if self.asks("ot_map") else 0, "sign_draws": 2 if self.asks("gradient") else 0}
+        values = {name: getattr(self, name) for name in least}
+        values |= {"slow.bootstrap": self.slow.bootstrap, "slow.permutations": self.slow.permutations}
+        if self.batch_size is not None:
+            values, least = values | {"batch_size": self.batch_size}, least | {"batch_size": 1}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < least.get(name, 0):
+                raise ValueError(f"gap.{name} must be an integer of at least {least.get(name, 0)}, received {value!r}")
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any], metrics: Mapping[str, Metric]) -> GapOptions:
+        """The config group as plain values, and the metrics that it names, built."""
+        names = [item.name for item in fields(cls)]
+        if unknown := sorted(set(record) - set(names)):
+            raise ValueError(f"gap has no option {', '.join(unknown)}; there are {', '.join(names)}")
+        options = {name: value for name, value in record.items() if name != "metrics"}
+        if "slow" in options:
+            slow = _object("slow", options["slow"])
+            if set(slow) != {"bootstrap", "permutations"}:
+                raise ValueError(f"gap.slow must hold bootstrap and permutations, received {dict(slow)}")
+            options["slow"] = Draws(**slow)
+        if "measurements" in options:
+            flags = _object("measurements", options["measurements"])
+            for name, wanted in flags.items():
+                if not isinstance(wanted, bool):
+                    raise ValueError(f"gap.measurements.{name} must be true or false, received {wanted!r}")
+                if name not in MEASUREMENTS:
+                    raise ValueError(f"gap.measurements has {name}; there are {', '.join(MEASUREMENTS)}")
+            options["measurements"] = frozenset(name for name, wanted in flags.items() if wanted)
+        if "variants" in options:
+            variants = options["variants"]
+            if not isinstance(variants, list | tuple) or not all(isinstance(name, str) for name in variants):
+                raise ValueError(f"gap.variants must be a list among {', '.join(VARIANTS)}, received {variants!r}")
+            options["variants"] = tuple(variants)
+        return cls(metrics, **options)
+
+    def asks(self, *measurements: str) -> bool:
+        """Whether one of these measurements is wanted."""
+        return not self.measurements.isdisjoint(measurements)
+
+    def draws(self, metric: Metric) -> Draws:
+        """How often images are drawn again for this metric."""
+        return Draws(self.bootstrap, self.permutations) if has_fast_route(metric) else self.slow
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"gap.{name} must be an object of options, received {value!r}")
+    return value
