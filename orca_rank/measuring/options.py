@@ -67,17 +67,9 @@ class GapOptions:
             raise ValueError("gap.metrics is empty: name at least one metric, such as mmd in gap=default")
         for name, metric in self.metrics.items():
             check_metric(name, metric)
-        carried = self.asks("ot_map", "activation")
-        least = {"samples": 8, "splits": 1, "bootstrap": 0, "permutations": 0}
-        least |= {"tokens": 2 if carried else 0, "components": 1 if self.asks("ot_map") else 0, "directions": 0}
-        least |= {"null_splits": 2 if self.asks("ot_map") else 0, "sign_draws": 2 if self.asks("gradient") else 0}
-        values = {name: getattr(self, name) for name in least}
-        values |= {"slow.bootstrap": self.slow.bootstrap, "slow.permutations": self.slow.permutations}
-        if self.batch_size is not None:
-            values, least = values | {"batch_size": self.batch_size}, least | {"batch_size": 1}
-        for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < least.get(name, 0):
-                raise ValueError(f"gap.{name} must be an integer of at least {least.get(name, 0)}, received {value!r}")
+        numbers = {name: getattr(self, name) for name in _least(self.measurements) if "." not in name}
+        slow = {f"slow.{name}": getattr(self.slow, name) for name in ("bootstrap", "permutations")}
+        _check_numbers(numbers | slow, self.measurements)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], metrics: Mapping[str, Metric]) -> GapOptions:
@@ -86,24 +78,25 @@ class GapOptions:
         if unknown := sorted(set(record) - set(names)):
             raise ValueError(f"gap has no option {', '.join(unknown)}; there are {', '.join(names)}")
         options = {name: value for name, value in record.items() if name != "metrics"}
-        if "slow" in options:
-            slow = _object("slow", options["slow"])
-            if set(slow) != {"bootstrap", "permutations"}:
-                raise ValueError(f"gap.slow must hold bootstrap and permutations, received {dict(slow)}")
-            options["slow"] = Draws(**slow)
         if "measurements" in options:
             flags = _object("measurements", options["measurements"])
             for name, wanted in flags.items():
                 if not isinstance(wanted, bool):
                     raise ValueError(f"gap.measurements.{name} must be true or false, received {wanted!r}")
-                if name not in MEASUREMENTS:
-                    raise ValueError(f"gap.measurements has {name}; there are {', '.join(MEASUREMENTS)}")
             options["measurements"] = frozenset(name for name, wanted in flags.items() if wanted)
+        wanted = options.get("measurements", cls.measurements)
+        if "slow" in options:
+            slow = _object("slow", options["slow"])
+            if set(slow) != {"bootstrap", "permutations"}:
+                raise ValueError(f"gap.slow must hold bootstrap and permutations, received {dict(slow)}")
+            _check_numbers({f"slow.{name}": value for name, value in slow.items()}, wanted)
+            options["slow"] = Draws(**slow)
         if "variants" in options:
             variants = options["variants"]
             if not isinstance(variants, list | tuple) or not all(isinstance(name, str) for name in variants):
                 raise ValueError(f"gap.variants must be a list among {', '.join(VARIANTS)}, received {variants!r}")
             options["variants"] = tuple(variants)
+        _check_numbers({name: options[name] for name in _least(wanted) if name in options}, wanted)
         return cls(metrics, **options)
 
     def asks(self, *measurements: str) -> bool:
@@ -113,6 +106,24 @@ class GapOptions:
     def draws(self, metric: Metric) -> Draws:
         """How often images are drawn again for this metric."""
         return Draws(self.bootstrap, self.permutations) if has_fast_route(metric) else self.slow
+
+
+def _least(measurements: frozenset[str]) -> dict[str, int]:
+    """The smallest value of every option that is a number, given what is measured."""
+    carried = not measurements.isdisjoint({"ot_map", "activation"})
+    least = {"samples": 8, "batch_size": 1, "splits": 1, "bootstrap": 0, "permutations": 0}
+    least |= {"slow.bootstrap": 0, "slow.permutations": 0, "directions": 0, "tokens": 2 if carried else 0}
+    least |= {"components": int("ot_map" in measurements), "null_splits": 2 if "ot_map" in measurements else 0}
+    return least | {"sign_draws": 2 if "gradient" in measurements else 0}
+
+
+def _check_numbers(values: Mapping[str, object], measurements: frozenset[str]) -> None:
+    least = _least(measurements)
+    for name, value in values.items():
+        if name == "batch_size" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least[name]:
+            raise ValueError(f"gap.{name} must be an integer of at least {least[name]}, received {value!r}")
 
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
