@@ -160,8 +160,8 @@ def swin_once(seed: int, images: int = 192, steps: int = 80) -> dict[str, tuple[
     budget = Budget(total_rank=max(len(layers), sum(planted.values())))
     rules: dict[str, Callable[..., ranks.RankPlan]] = {
         name: getattr(ranks, name)
-        for name in ("uniform", "proportional", "shuffled", "ibp_count", "ibp_stick", "beta_bernoulli", "ot_map",
-                     "gradient", "activation", "stable_rank", "importance", "fisher", "gelora")
+        for name in ("uniform", "proportional", "shuffled", "inverse", "ibp_count", "ibp_stick", "beta_bernoulli",
+                     "ot_map", "gradient", "activation", "stable_rank", "importance", "fisher", "gelora")
     }  # fmt: skip
     plans = {name: rule(measured, budget).ranks for name, rule in rules.items()}
     plans["oracle"] = planted

@@ -23,7 +23,7 @@ def layers_of(gaps, widths=(32,)):
     return [layer(f"l{i}", widths[i % len(widths)], 48, float(gap)) for i, gap in enumerate(gaps)]
 
 
-GAP_RULES = (ranks.proportional, ranks.shuffled, ranks.ibp_count, ranks.ibp_stick, ranks.beta_bernoulli)
+GAP_RULES = (ranks.proportional, ranks.shuffled, ranks.inverse, ranks.ibp_count, ranks.ibp_stick, ranks.beta_bernoulli)
 
 
 def test_layer_reads_and_writes_the_form_of_layers_json():
@@ -183,10 +183,30 @@ def test_shuffled_permutes_the_ranks_of_proportional():
     layers = layers_of([1, 2, 3, 4, 5, 6])
     budget = Budget(total_rank=21)
     plain = ranks.proportional(layers, budget)
-    drawn = [ranks.shuffled(layers, budget, seed=seed) for seed in range(5)]
+    drawn = [ranks.shuffled(layers, budget, permutation=permutation) for permutation in range(5)]
     assert all(sorted(plan.ranks.values()) == sorted(plain.ranks.values()) for plan in drawn)
     assert len({tuple(plan.ranks.values()) for plan in drawn}) > 1
-    assert ranks.shuffled(layers, budget, seed=3) == ranks.shuffled(layers, budget, seed=3)
+    assert ranks.shuffled(layers, budget, permutation=3) == drawn[3]
+
+
+def test_inverse_is_proportional_to_one_over_the_gap():
+    assert list(ranks.inverse(layers_of([1, 2, 4]), Budget(total_rank=14)).ranks.values()) == [8, 4, 2]
+    assert list(ranks.inverse(layers_of([1, 2, 4]), Budget(total_rank=21), gamma=2).ranks.values()) == [16, 4, 1]
+    assert list(ranks.inverse(layers_of([1, 2, 4]), Budget(total_rank=12), gamma=0).ranks.values()) == [4, 4, 4]
+    # 1/D of D is D of 1/D, whatever the unit.
+    gaps, budget = np.array([0.3, 1.2, 0.7, 2.0]), Budget(total_rank=40)
+    for scale in (1.0, 1e-12, 1e12):
+        assert (
+            ranks.inverse(layers_of(scale * gaps), budget).ranks
+            == ranks.proportional(layers_of(1 / gaps), budget).ranks
+        )
+    # What does not differ counts as what differs least.
+    assert list(ranks.inverse(layers_of([-0.1, 0.0, 0.5, 1.0]), Budget(total_rank=14)).ranks.values()) == [4, 4, 4, 2]
+    assert list(ranks.inverse(layers_of([-0.1, 0.0]), Budget(total_rank=4)).ranks.values()) == [2, 2]
+    assert list(ranks.inverse(layers_of([1, 2, 4]), Budget(total_rank=11, r_max=5)).ranks.values()) == [5, 4, 2]
+    for gamma in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"gamma of rank=inverse must be a finite number >= 0"):
+            ranks.inverse(layers_of([1, 2]), budget, gamma=gamma)
 
 
 def test_from_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Rules that need one number per layer: uniform, proportional, shuffled, from_file, and scalar measurements.
+"""Rules that need one number per layer: uniform, proportional and its controls, from_file, and scalar measurements.
 
 Every rule is a function `(layers, budget, **options) -> RankPlan` of plain values.
 """
@@ -71,16 +71,45 @@ def shuffled(
     gamma: float = 1.0,
     metric: str = "mmd",
     p_max: float | None = None,
-    seed: int = 0,
+    permutation: int = 0,
 ) -> RankPlan:
     """`proportional` with the gaps permuted over the layers: the control that tells whether it matters *which* layer
-    gets the ranks, or only their histogram. Same budget, same gaps, another order."""
+    gets the ranks, or only their histogram. Same budget, same gaps, another order.
+
+    Args:
+        permutation: seed of the order; not the run's seed, so that one order can be trained with several seeds.
+    """
     records = as_layers(layers)
     limit = need_budget(budget, "shuffled")
     gaps = gap_values(records, metric, "shuffled", p_max)
-    order = np.random.default_rng(seed).permutation(len(records))
-    options = {"gamma": gamma, "metric": metric, "p_max": p_max, "seed": seed}
+    order = np.random.default_rng(permutation).permutation(len(records))
+    options = {"gamma": gamma, "metric": metric, "p_max": p_max, "permutation": permutation}
     return RankPlan(share(records, limit, power(gaps[order], gamma)), "shuffled", limit, options)
+
+
+def inverse(
+    layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: float = 1.0, metric: str = "mmd"
+) -> RankPlan:
+    """r_i ∝ 1/D_i^γ under the budget: the hypothesis against `proportional`, that layers near the target need most.
+
+    A gap at or below 0 counts as the smallest positive one of the layers, for calibrated gaps of layers that do not
+    differ scatter around 0; where none is positive all layers are alike. Among small gaps 1/D tells noise apart too:
+    budget.r_max bounds what one layer can take.
+
+    Args:
+        gamma: exponent >= 0; 0 is uniform. metric: which calibrated gap.
+
+    Raises:
+        ValueError: if gamma is negative or no finite number.
+    """
+    records = as_layers(layers)
+    limit = need_budget(budget, "inverse")
+    if not np.isfinite(gamma) or gamma < 0:
+        raise ValueError(f"gamma of rank=inverse must be a finite number >= 0, got {gamma!r}: r_i ∝ 1/D_i^gamma")
+    gaps = gap_values(records, metric, "inverse")
+    least = gaps[gaps > 0].min(initial=np.inf)
+    weights = (least / np.maximum(gaps, least)) ** gamma if np.isfinite(least) else np.ones(len(records))
+    return RankPlan(share(records, limit, weights), "inverse", limit, {"gamma": gamma, "metric": metric})
 
 
 def from_file(
