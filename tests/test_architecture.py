@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,10 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+# What a distribution is called when it is imported, where that is another name.
+IMPORTED_AS = {"pot": "ot", "hydra-core": "hydra", "scikit-learn": "sklearn", "pillow": "PIL"}
+# Reached through the config alone: lightning's W&B logger.
+CONFIGURED = {"wandb", "geomloss", "torchvision"}
 PURE = ("distances", "ranks", "adapters", "predictors")
 
 
@@ -85,3 +91,18 @@ def test_the_walk_sees_the_rooms() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_module_is_named_like_one_of_the_standard_library(path: Path) -> None:
     assert path.stem in ("__init__", "__main__", "build") or path.stem not in sys.stdlib_module_names
+
+
+def test_the_dependencies_are_what_is_imported() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        found = {re.split(r"[<>=!\[ ]", requirement)[0] for requirement in requirements}
+        return {IMPORTED_AS.get(name, name) for name in found}
+
+    needed = names(project["dependencies"])
+    extras = {name for requirements in project["optional-dependencies"].values() for name in names(requirements)}
+    used = {name.split(".")[0] for path in FILES for name in imported(path)}
+    outside = used - {"orca_rank"} - set(sys.stdlib_module_names)
+    assert outside - extras <= needed, "imported, but not in pyproject.toml"
+    assert needed - outside <= CONFIGURED, "in pyproject.toml, but not imported"

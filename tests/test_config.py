@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,3 +116,26 @@ def test_typos_are_errors(composed: Callable[..., DictConfig]) -> None:
 def test_an_error_of_the_target_itself_comes_through_unwrapped() -> None:
     with pytest.raises(ValueError, match="exactly one of mean_rank"):
         build(OmegaConf.create({"_target_": "orca_rank.ranks.Budget"}))
+
+
+def test_the_examples_of_contributing_work_together(
+    composed: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    examples = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 10
+    for name, content in examples:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = [f"{group}=mine" for group in ("data", "gap", "rank", "adapter", "predictor")]
+    config = composed(f"hydra.searchpath=[file://{tmp_path / 'conf'}]", *mine, *SMALL_MODEL)
+    finetune.run(config)
+    (path,) = (Path(config.paths.runs) / config.run / "finetune").glob("*/metrics.json")
+    metrics = json.loads(path.read_text())
+    assert (metrics["config"]["adapter"]["name"], metrics["metric"]) == ("unit_rows", "error")
+    assert metrics["trainable_parameters"]["predictor"] == 2 * 16 + 2  # classes × (widths of the last stage + 1)
+    ranks = json.loads((path.parent / "ranks.json").read_text())["ranks"]
+    assert list(ranks.values()) == [2] * 6 + [0] * 6
+    shift = build(config.gap.metrics.mean_shift)
+    assert float(shift(torch.ones(3, 4), torch.zeros(5, 4))) == 4.0

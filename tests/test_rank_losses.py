@@ -26,6 +26,7 @@ TINY = (
     "data=digits",
     "data.train_limit=200",
     "data.batch_size=32",
+    "predictor=linear",
     *TINY_SWIN,
     r"layers.target='(attn\.qkv|mlp\.fc1)$'",
     "embedder.aligned=false",
