@@ -47,10 +47,11 @@ def main(arguments: Sequence[str]) -> int:
     failed: list[str] = []
     try:
         hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed))()
-    except Stopped as stop:
-        number = signal.Signals(stop.args[0])
+    except (Stopped, KeyboardInterrupt) as stop:
+        number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT
         again = shlex.join(["python", "-m", "orca_rank", *arguments])
-        print(f"\nstopped by {number.name}; the same command goes on where it stopped:\n  {again}", file=sys.stderr)
+        sentence = f"stopped by {number.name}; the same command goes on from the last checkpoint"
+        print(f"\n{sentence}:\n  {again}", file=sys.stderr)
         return 128 + number
     finally:
         if failed:
