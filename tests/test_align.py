@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_the_same(
     with pytest.raises(RuntimeError, match="power cut"):
         align.run(broken)
     monkeypatch.setattr(training.Align, "training_step", step)
-    with pytest.raises(ValueError, match="left by other options"):
+    with pytest.raises(ValueError, match="unfinished run with other options"):
         align.run(composed(*options, "run=broken", "align.optimizer.lr=1.0e-3"))
     align.run(broken)
     assert "going on from" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_orca_batches_hold_one_class_each_and_weigh_to_one() -> None:
 
 
 def test_curriculum_falls_to_nothing() -> None:
-    shares = [training.curriculum_fraction({"start": 0.8, "until": 0.5}, epoch, 8) for epoch in range(8)]
+    shares = [training.Curriculum(0.8, 0.5, pool=1).fraction(epoch, 8) for epoch in range(8)]
     assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0])
 
 

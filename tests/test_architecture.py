@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
     ("errors", "normaliser"),
-    ("build", "artifacts", "task", "weights"),
+    ("build", "artifacts", "options", "task", "weights"),
     ("distances", "predictors", "evidence"),
     ("measuring",),
     ("ranks",),

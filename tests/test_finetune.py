@@ -173,8 +173,8 @@ def test_a_fresh_predictor_may_be_frozen_only_on_purpose(composed: Callable[...,
     model = finetune.build_model(config, data.task)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen_on_purpose"):
-        finetune.audit(model, config)
-    finetune.audit(model, composed(*TINY, "predictor.frozen_on_purpose=true"))
+        finetune.audit(model, config.embedder, frozen_on_purpose=False)
+    finetune.audit(model, config.embedder, frozen_on_purpose=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed: Callable[..., DictConfig]) -> None:

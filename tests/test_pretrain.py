@@ -20,7 +20,7 @@ from orca_rank.stages.pretrain import run
 from orca_rank.stages.setup import on_source
 from orca_rank.training.muon import MuonAdamW, orthogonalised, parameter_groups
 from orca_rank.training.pretrain import pretrain, update_average
-from orca_rank.training.recipe import Recipe, lr_factor
+from orca_rank.training.recipe import Recipe
 
 STILL = Augmentation(crop_scale=(1.0, 1.0), crop_ratio=1.0, flip=False, smoothing=0.0)
 
@@ -125,17 +125,17 @@ def test_bad_augmentation_options_are_refused(wrong):
 
 def test_cosine_schedule_warms_up_and_ends_at_zero():
     recipe = Recipe(epochs=10, warmup_epochs=1)
-    factors = [lr_factor(step, 20, recipe) for step in range(201)]
+    factors = [recipe.course(20).factor(step) for step in range(201)]
     assert factors[:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
     assert factors[20] == 1 and factors[110] == pytest.approx(0.5) and factors[200] == pytest.approx(0)
 
 
 def test_wsd_schedule_is_constant_until_the_decay_and_does_not_know_the_end_before():
     recipe = Recipe(epochs=10, schedule="wsd", warmup_epochs=1, decay_epochs=2)
-    factors = [lr_factor(step, 20, recipe) for step in range(201)]
+    factors = [recipe.course(20).factor(step) for step in range(201)]
     assert set(factors[20:161]) == {1.0} and factors[180] == pytest.approx(0.5) and factors[200] == 0
     longer = Recipe(epochs=50, schedule="wsd", warmup_epochs=1, decay_epochs=2)
-    assert factors[:161] == [lr_factor(step, 20, longer) for step in range(161)]
+    assert factors[:161] == [longer.course(20).factor(step) for step in range(161)]
 
 
 def test_an_epoch_visits_images_once_in_an_order_of_its_own():

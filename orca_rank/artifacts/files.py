@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import os
-import tempfile
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,33 @@ from orca_rank.artifacts.command import command
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it into place when the block ends without an exception."""
+    """Yield a temporary path beside `path`; move it into place, once it is on the disk, when the block ends without an
+    exception. What a killed process left half-written of the same file is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    host = platform.node()
+    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{host}')}-*.part"):
+        if not _alive(left.name.removesuffix(".part").rpartition("-")[2]):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+    temporary.touch(mode=0o644)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _alive(pid: str) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 SCHEMA = 1
@@ -48,16 +65,24 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def input_hashes(folder: Path, inputs: Iterable[Path]) -> dict[str, str]:
+    """File, as seen from beside the stage's folder -> hash of what it holds now."""
+    return {os.path.relpath(item, folder.parent): file_hash(Path(item)) for item in inputs}
+
+
 def write_json(
     path: Path,
     payload: Mapping[str, Any],
     *,
     config: Mapping[str, Any] | None = None,
-    inputs: Iterable[Path] = (),
+    inputs: Iterable[Path] | Mapping[str, str] = (),
 ) -> None:
-    """Write `payload` with its schema version, the config sections it was made with and the hashes of its inputs."""
-    run = path.parent.parent
-    hashes = {os.path.relpath(item, run): file_hash(Path(item)) for item in inputs}
+    """Write `payload` with its schema version, the config sections it was made with and the hashes of its inputs.
+
+    Args:
+        inputs: the files that it was made from, or what `input_hashes` said of them when the work began.
+    """
+    hashes = inputs if isinstance(inputs, Mapping) else input_hashes(path.parent, inputs)
     content = {"schema": SCHEMA, "config": dict(config or {}), "inputs": hashes, **payload}
     text = json.dumps(content, indent=1, default=_jsonable)
     with atomic(path) as temporary:

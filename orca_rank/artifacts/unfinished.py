@@ -1,18 +1,76 @@
-"""Parts of a stage's work that outlive an interruption."""
+"""What outlives an interruption: parts of a stage's work, and whether a checkpoint may be gone on from."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import atomic
-from orca_rank.artifacts.provenance import key
+from orca_rank.artifacts.provenance import differences, key, plain
+
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")
+MARK = "begun.json"
+
+
+def begin(
+    folder: Path, made_from: Mapping[str, Any], inputs: Mapping[str, str], *, force: bool, results: Sequence[str]
+) -> bool:
+    """Whether a stage goes on with what an interrupted run of the same left in its folder.
+
+    If not, checkpoints and results of whatever ran there before are removed. With `force` only a run that was begun
+    with `force` is gone on with, so that redoing a stage can be interrupted too.
+
+    Args:
+        folder: of the stage. made_from: the options that it depends on. inputs: the files that it is made from and
+            their hashes. results: names of files and folders that the stage writes.
+
+    Raises:
+        ValueError: if a checkpoint of other options is there, unless `force`.
+    """
+    mark = folder / MARK
+    begun = _read_mark(mark)
+    options = json.loads(json.dumps(plain(made_from), default=str))
+    if begun is not None:
+        changed = sorted(differences(begun["made_from"], options))
+        left = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
+        if left and changed and not force:
+            raise ValueError(
+                f"{folder} holds an unfinished run with other options ({'; '.join(changed[:6])}): repeat its command "
+                f"to go on with it, run `{command('force=true')}` to start again, or add run=<another name>"
+            )
+        if not changed and begun["inputs"] == dict(inputs) and (begun["forced"] or not force):
+            return True
+    for name in (*results, *CHECKPOINTS):
+        _remove(folder / name)
+    with atomic(mark) as temporary:
+        temporary.write_text(json.dumps({"made_from": options, "inputs": dict(inputs), "forced": force}))
+    return False
+
+
+def finish(folder: Path) -> None:
+    """The stage is done: nothing is left to go on with."""
+    for name in (*CHECKPOINTS, MARK):
+        _remove(folder / name)
+
+
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and found.keys() == {"made_from", "inputs", "forced"}:
+            return found
+    return None
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 class Unfinished:
@@ -20,15 +78,15 @@ class Unfinished:
 
     Args:
         folder: of the stage. made_from: what the parts depend on; parts of anything else are thrown away.
-        force: throw all parts away.
+        force: throw away the parts that were not made with force too.
     """
 
     def __init__(self, folder: Path, made_from: Any, *, force: bool = False) -> None:
         self.root = folder / "unfinished"
-        self.folder = self.root / key(made_from)
+        self.folder = self.root / (key(made_from) + ("-forced" if force else ""))
         if self.root.exists():
             for other in self.root.iterdir():
-                if force or other != self.folder:
+                if other != self.folder:
                     shutil.rmtree(other)
 
     def part(self, name: str, compute: Callable[..., Any], *inputs: Any) -> Any:

@@ -9,132 +9,143 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank.artifacts.files import read_tensors, write_json, write_tensors
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, key, plain, select
+from orca_rank.artifacts.unfinished import begin, finish
 from orca_rank.backbone import create_model, weights_hash
 from orca_rank.build import build
 from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.passes import limited
+from orca_rank.options import read
 from orca_rank.stages.setup import (
     aligned_embedder,
-    close_logger,
+    check,
     contents,
-    device_of,
     ready,
     resolve_backbone,
     source_side,
     stage_folder,
 )
-from orca_rank.training.align import Align, Curve
+from orca_rank.stages.trainer import check_optimizer, close_logger, device_of, trainer_for
+from orca_rank.training.align import Align, AlignOptions, Target
+from orca_rank.training.curve import Curve
 from orca_rank.training.features import Source, embed, plain_loader, targets
 from orca_rank.training.held_out import Distances, compare, sentence
+from orca_rank.training.keep import Keep, checkpoint_of, fit
 
 console = Console()
+RESULTS = ("metrics.json", "curve.csv", "embedder.safetensors", "bad_batch.safetensors", "log")
+
+
+def check_options(config: DictConfig) -> AlignOptions:
+    """The options of this stage, checked.
+
+    Raises:
+        ValueError: for a value that means nothing.
+    """
+    check(config)
+    values = plain(config.align)
+    check_optimizer(values.pop("optimizer"), "align.optimizer")
+    values.pop("objective")
+    return read(AlignOptions, values, "align")
 
 
 def run(config: DictConfig) -> None:
     """Align as configured and write align/embedder.safetensors, curve.csv and metrics.json.
 
     Raises:
-        ValueError: an unknown schedule or option. FloatingPointError: a loss that is not finite.
+        ValueError: a bad option. FloatingPointError: a loss that is not finite. BlockingIOError: another process is at
+            work in the folder.
     """
-    options = plain(config.align)
-    if options["schedule"] not in ("orca", "batch"):
-        raise ValueError(f"align.schedule must be orca or batch, received {options['schedule']!r}")
-    if not 0 <= options["curriculum"]["start"] <= 1:
-        raise ValueError(f"align.curriculum.start must lie in [0, 1], received {options['curriculum']['start']}")
+    options = check_options(config)
     folder = stage_folder(config, "align")
     made_from = {**select(config, "data", "source", "backbone", "seed", "align"), "init": config.embedder.init}
     made_from["contents"] = contents(config, "data", "source")
-    if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align"):
-        console.print(f"align is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
-        return
 
-    L.seed_everything(config.seed, verbose=False)
+    def done() -> bool:
+        return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align")
+
+    if not done():
+        with locked(folder):
+            if not done():
+                _align(config, options, folder, made_from)
+                return
+    console.print(f"align is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
+
+
+def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
+    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
+    seed = int(config.seed)
+    L.seed_everything(seed, verbose=False)
     data = ready(config.data)
-    torch.manual_seed(config.seed)  # as for the model that is fine-tuned later
+    torch.manual_seed(seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
-    device = device_of(config)
+    device = device_of(config.trainer)
     source = source_features(config, device)
     train = plain_loader(data, "train", 64)
     y = targets(train.dataset, train.collate_fn)
-    labeller = Labeller(y, options["clusters"], int(config.seed))
-    labels = labeller(y)
+    labeller = Labeller(y, options.clusters, seed)
+    target = Target(train.dataset, train.collate_fn, labeller(y))
+    objective = _name(config.align.objective)
     console.print(
-        f"source: {len(source.features)} images, {len(source.labels.unique())} classes; target: {len(labels)} images, "
-        f"{len(labels.unique())} {'clusters' if y.is_floating_point() else 'classes'}; objective {_name(options)}"
+        f"source: {len(source.features)} images, {len(source.labels.unique())} classes; target: {len(y)} images, "
+        f"{len(target.labels.unique())} {'clusters' if y.is_floating_point() else 'classes'}; objective {objective}"
     )
 
     def held_out() -> Distances:
-        features, y = embed(embedder, plain_loader(data, "val", 64), options["held_out"]["samples"], device)
-        return compare(source, features, labeller(y), options["held_out"], int(config.seed))
+        features, y = embed(embedder, plain_loader(data, "val", 64), options.held_out.samples, device)
+        return compare(source, features, labeller(y), options.held_out.resamples, seed)
 
     started = time.perf_counter()
     before = held_out()
     epochs = 0
-    if options["objective"] is not None:
-        objective = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
-        module = Align(
-            embedder, objective, train.dataset, train.collate_fn, labels, source,
-            build(config.align.optimizer), options, folder, int(config.seed), key(made_from),
-        )  # fmt: skip
-        epochs = _fit(config, module, folder)
+    if config.align.objective is not None:
+        distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
+        optimizer = build(config.align.optimizer)
+        module = Align(embedder, distance, target, source.tokens, optimizer, options, folder=folder, seed=seed)
+        epochs = _fit(config, module, folder, checkpoint_of(folder) if begun else None)
     after = held_out() if epochs else before
     distances = {name: {"before": before[name], "after": after[name]} for name in before}
     write_tensors(aligned_embedder(config), embedder.state_dict())
     payload = {
-        "objective": _name(options),
+        "objective": objective,
         "distances": distances,
         "epochs": epochs,
         "seconds": time.perf_counter() - started,
         "source_images": len(source.features),
-        "target_images": len(labels),
-        "target_classes": len(labels.unique()),
+        "target_images": len(y),
+        "target_classes": len(target.labels.unique()),
     }
     write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
-    (folder / "last.ckpt").unlink(missing_ok=True)
+    finish(folder)
     console.print(sentence(distances), soft_wrap=True)
 
 
-def _name(options: Mapping[str, Any]) -> str:
-    return options["objective"]["_target_"].rpartition(".")[2].lower() if options["objective"] else "none"
+def _name(objective: Mapping[str, Any] | None) -> str:
+    return objective["_target_"].rpartition(".")[2].lower() if objective else "none"
 
 
-def _fit(config: DictConfig, module: Align, folder: Path) -> int:
-    """Train, from the last checkpoint where there is one; the number of epochs done."""
-    last = folder / "last.ckpt"
-    if config.force:
-        last.unlink(missing_ok=True)
-    if last.exists():
-        found = torch.load(last, map_location="cpu", weights_only=False)["mark"]
-        if found != module.mark:
-            raise ValueError(f"{last} was left by other options: add force=true to start again, or run=<another name>")
-        console.print(f"going on from {last}", soft_wrap=True)
-    callbacks: list[Callback] = [
-        ModelCheckpoint(folder, "last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True),
-        Curve(folder / "curve.csv"),
-    ]
-    if config.align.patience is not None:
-        callbacks.append(
-            EarlyStopping("loss", min_delta=config.align.min_delta, patience=config.align.patience,
-                          check_on_train_epoch_end=True)
-        )  # fmt: skip
-    classes = len(module.labels.unique())
-    trainer = build(
+def _fit(config: DictConfig, module: Align, folder: Path, checkpoint: Path | None) -> int:
+    """Train, from the checkpoint where there is one; the number of epochs done."""
+    options = module.options
+    trainer = trainer_for(
         config.trainer,
-        max_epochs=config.align.epochs,
-        accumulate_grad_batches=classes if config.align.schedule == "orca" else 1,
+        config.logger,
+        folder,
+        [
+            Curve(folder / "curve.csv", ("epoch", "loss", "lr")),
+            Keep(folder, "loss", patience=options.patience, min_delta=options.min_delta),
+        ],
+        max_epochs=options.epochs,
+        accumulate_grad_batches=len(module.target.labels.unique()) if options.schedule == "orca" else 1,
         reload_dataloaders_every_n_epochs=1,
-        default_root_dir=str(folder),
-        callbacks=callbacks,
-        logger=build(config.logger, save_dir=str(folder / "log")) if config.logger else False,
     )
     module.embedder.train()
-    trainer.fit(module, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    fit(trainer, module, checkpoint)
     close_logger(trainer)
     return trainer.current_epoch
 
@@ -152,7 +163,8 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     embedder = source_side(backbone, int(config.seed), data).embedder
     if getattr(data, "embedded", False):
         tokens = torch.cat([x.flatten(1, -2) for x, _ in limited(plain_loader(data, "train", 64), max(pool, 1))])
-        return Source(*data.means(int(options.source_samples)), tokens[:pool])
+        means, labels = data.means(int(options.source_samples))
+        return Source(means, labels, tokens[:pool])
     name = key(
         {
             "source": plain(config.source),
@@ -165,14 +177,18 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
         }
     )
     path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
-    if not path.exists():
-        loader = plain_loader(ready(config.source), "train", 64)
-        features, y = embed(embedder, loader, int(options.source_samples), device)
-        tokens = features.new_zeros(0, 1, features.shape[1])
-        if pool:
-            images = torch.cat([x for x, _ in limited(loader, pool)])
-            with torch.no_grad():
-                tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
-        labels = Labeller(y, int(options.clusters), int(config.seed))(y)
-        write_tensors(path, {"features": features, "labels": labels, "tokens": tokens.float()})
-    return Source(**read_tensors(path, "stage=align"))
+    if path.exists():
+        try:
+            return Source(**read_tensors(path, "stage=align"))
+        except (ValueError, TypeError):
+            console.print(f"{path} is damaged and made again", soft_wrap=True)
+    loader = plain_loader(ready(config.source), "train", 64)
+    features, y = embed(embedder, loader, int(options.source_samples), device)
+    tokens = features.new_zeros(0, 1, features.shape[1])
+    if pool:
+        images = torch.cat([x for x, _ in limited(loader, pool)])
+        with torch.no_grad():
+            tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
+    source = Source(features, Labeller(y, int(options.clusters), int(config.seed))(y), tokens.float())
+    write_tensors(path, source._asdict())
+    return source

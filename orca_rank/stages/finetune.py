@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank import adapters
-from orca_rank.artifacts.files import atomic, write_json, write_tensors
-from orca_rank.artifacts.provenance import differences, finished, key, plain, select
+from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
+from orca_rank.artifacts.lock import locked
+from orca_rank.artifacts.provenance import finished, key, plain, select
+from orca_rank.artifacts.unfinished import begin, finish
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
+from orca_rank.options import number, read
 from orca_rank.ranks import RankPlan
-from orca_rank.stages.planning import layers_of, make_plan
+from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import (
     MODEL_SECTIONS,
     aligned_embedder,
     build_model,
-    close_logger,
+    check,
     contents,
     ready,
     resolve_backbone,
     stage_folder,
 )
-from orca_rank.stages.trainable import adapter_module, audit, count_parameters, make_trainable
+from orca_rank.stages.trainable import DIRECTIONS, adapter_module, audit, count_parameters, make_trainable
+from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
 from orca_rank.task import Task
-from orca_rank.training.finetune import Curve, FineTune, trained_tensors
+from orca_rank.training.curve import Curve
+from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
+from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 
 console = Console()
+RESULTS = ("metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "rank_losses.safetensors", "log")
 
 
 def tag(config: DictConfig) -> str:
-    """The folder of a fine-tune: finetune.tag, or adapter, rule, seed and a hash of every option it depends on."""
-    if config.finetune.tag is not None:
-        return str(config.finetune.tag)
+    """The folder of a fine-tune: finetune.tag, or adapter, rule, seed and a hash of every option it depends on.
+
+    Raises:
+        ValueError: for a tag that is not the name of one folder.
+    """
+    chosen = config.finetune.tag
+    if chosen is not None:
+        if Path(str(chosen)).name != str(chosen) or str(chosen) == "..":
+            raise ValueError(f"finetune.tag={chosen}: expected the name of one folder, without / or ..")
+        return str(chosen)
     parts = [config.adapter.name]
     if config.adapter.method == "inject":
         rank = plain(config.rank)
@@ -49,32 +60,64 @@ def tag(config: DictConfig) -> str:
     return "-".join([*parts, f"s{config.seed}", key(finetune_config(config))[:6]])
 
 
+def check_options(config: DictConfig) -> FinetuneOptions:
+    """The options of this stage, checked.
+
+    Raises:
+        ValueError: for a value that means nothing.
+    """
+    check(config)
+    tag(config)
+    values = plain(config.finetune)
+    check_optimizer(values.pop("optimizer"), "finetune.optimizer")
+    values.pop("tag")
+    number("adapter.lr_ratio", config.adapter.get("lr_ratio"), above=0, null=True)
+    module = config.adapter.get("module") or {}
+    if "alpha" in module:
+        number("adapter.module.alpha", module["alpha"], above=0)
+    if "dropout" in module:
+        number("adapter.module.dropout", module["dropout"], least=0, below=1)
+    if config.adapter.method == "inject":
+        budget_of(config)
+    return read(FinetuneOptions, values, "finetune")
+
+
 def run(config: DictConfig) -> None:
     """Fine-tune as configured and write finetune/<tag>/.
 
     Raises:
-        ValueError: a bad plan, a frozen fresh predictor, an unknown schedule. FloatingPointError: a loss that is not
-            finite. FileNotFoundError: an earlier stage is missing.
+        ValueError: a bad option or plan, a frozen fresh predictor. FloatingPointError: a loss that is not finite.
+            FileNotFoundError: an earlier stage is missing. BlockingIOError: another process is at work in the folder.
     """
-    if config.finetune.schedule not in ("linear", "cosine", "constant"):
-        raise ValueError(f"finetune.schedule must be linear, cosine or constant, received {config.finetune.schedule!r}")
+    options = check_options(config)
     folder = stage_folder(config, "finetune") / tag(config)
     made_from = {**finetune_config(config), "contents": contents(config, "data")}
-    if finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune"):
-        console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
-        return
 
+    def done() -> bool:
+        return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune")
+
+    if not done():
+        with locked(folder):
+            if not done():
+                _finetune(config, options, folder, made_from)
+                return
+    console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
+
+
+def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     L.seed_everything(config.seed, verbose=False)
     data = ready(config.data)
-    task: Task = data.task
+    task = data.task
     model = build_model(config, task)
-    backbone = {"config": resolve_backbone(config), "hash": weights_hash(model.body)}
+    weights = weights_hash(model.body)
     injected = config.adapter.method == "inject"
     layers = layers_of(config, model.body)
     plan = make_plan(config, layers) if injected else None
-    adapter = adapter_module(config, layers) if injected else None
-    make_trainable(model, config, plan, adapter)
-    audit(model, config)
+    measured = stage_folder(config, "measure")
+    adapter = adapter_module(plain(config.adapter), layers, measured) if injected else None
+    trained = {"embedder": config.embedder.train, "predictor": not config.predictor.frozen_on_purpose}
+    make_trainable(model, config.adapter.method, plan, adapter, **trained)
+    audit(model, config.embedder, config.predictor.frozen_on_purpose)
     counts = count_parameters(model, injected)
     if plan is not None:
         adapted = sum(rank > 0 for rank in plan.ranks.values())
@@ -83,78 +126,53 @@ def run(config: DictConfig) -> None:
         )
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
-    trainer, best = _trainer(config, folder, task, made_from)
-    module = FineTune(
-        model,
-        task,
-        build(config.finetune.optimizer),
-        {**plain(config.finetune), "lr_ratio": config.adapter.get("lr_ratio") or 1.0},
-        int(config.seed),
+    inputs = input_hashes(folder, _inputs(config, plan, adapter))
+    begun = begin(folder, made_from, {**inputs, "backbone": weights}, force=config.force, results=RESULTS)
+    monitor = f"val/{task.metric_name}"
+    keep = Keep(folder, monitor, patience=options.patience, tensors=lambda: trained_tensors(model))
+    trainer = trainer_for(
+        config.trainer,
+        config.logger,
+        folder,
+        [Curve(folder / "curve.csv"), keep],
+        max_epochs=options.epochs,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip,
     )
+    optimizer, ratio = build(config.finetune.optimizer), config.adapter.get("lr_ratio") or 1.0
+    module = FineTune(model, task, optimizer, options, int(config.seed), ratio)
     if trainer.logger is not None:
         trainer.logger.log_hyperparams(plain(made_from))
-    started = time.perf_counter()
-    last = folder / "last.ckpt"
-    if config.force:
-        last.unlink(missing_ok=True)
-    if last.exists():
-        console.print(f"going on from {last}", soft_wrap=True)
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
-    seconds = time.perf_counter() - started
+    fit(trainer, module, checkpoint_of(folder) if begun else None, datamodule=data)
+    if not keep.best:
+        raise FloatingPointError(f"{monitor} was not finite after any epoch: lower finetune.optimizer.lr")
+    epochs = trainer.current_epoch
 
-    best_state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
-    module.load_state_dict(best_state, strict=False)
+    model.load_state_dict(keep.best, strict=False)
     data.setup("test")
-    validation = trainer.validate(module, datamodule=data, verbose=False)[0]
-    tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    with interrupts():
+        validation = trainer.validate(module, datamodule=data, verbose=False)[0]
+        tested = trainer.test(module, datamodule=data, verbose=False)[0]
     payload = {
         **validation,
         **tested,
         **counts,
-        "seconds": seconds,
-        "epochs": trainer.current_epoch,
+        "seconds": keep.seconds,
+        "epochs": epochs,
         "metric": task.metric_name,
         "task": task.to_dict(),
-        "backbone": backbone,
+        "backbone": {"config": resolve_backbone(config), "hash": weights},
         "adapter_module": _rebuilt(adapter) if adapter is not None else None,
     }
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     _write_model(folder, model, plan, task)
     # Last of all: its presence means done.
-    write_json(folder / "metrics.json", payload, config=made_from, inputs=_inputs(config, plan))
+    write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
+    finish(folder)
     close_logger(trainer)
-    Path(best.best_model_path).unlink()
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
-
-
-def _trainer(config: DictConfig, folder: Path, task: Task, made_from: Any) -> tuple[L.Trainer, ModelCheckpoint]:
-    monitor = f"val/{task.metric_name}"
-    mark = folder / "options.json"
-    changed = sorted(differences(json.loads(mark.read_text()), plain(made_from))) if mark.exists() else []
-    if changed and not config.force:
-        raise ValueError(
-            f"{folder} holds an unfinished run with other options ({'; '.join(changed[:6])}): choose another "
-            f"finetune.tag, or force=true"
-        )
-    with atomic(mark) as temporary:
-        temporary.write_text(json.dumps(plain(made_from), default=str))
-    saving = {"enable_version_counter": False, "save_on_train_epoch_end": True}
-    best = ModelCheckpoint(folder, "best", monitor=monitor, mode="min", **saving)
-    callbacks: list[Callback] = [Curve(folder / "curve.csv"), best, ModelCheckpoint(folder, "last", **saving)]
-    if config.finetune.patience is not None:
-        callbacks.append(EarlyStopping(monitor, patience=config.finetune.patience, mode="min"))
-    trainer = build(
-        config.trainer,
-        max_epochs=config.finetune.epochs,
-        accumulate_grad_batches=config.finetune.accumulate,
-        gradient_clip_val=config.finetune.clip,
-        default_root_dir=str(folder),
-        callbacks=callbacks,
-        logger=build(config.logger, save_dir=str(folder / "log")) if config.logger else False,
-    )
-    return trainer, best
 
 
 def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task) -> None:
@@ -173,16 +191,19 @@ def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Ta
     write_tensors(folder / "model.safetensors", tensors)
 
 
-def _inputs(config: DictConfig, plan: RankPlan | None) -> list[Path]:
+def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any] | None) -> list[Path]:
     """The files of earlier stages that the result depends on."""
     inputs = [aligned_embedder(config)] if config.embedder.aligned else []
-    measured = stage_folder(config, "measure") / "layers.json"
-    if plan is not None and plan.measurement:
-        inputs.append(measured)
+    measured = stage_folder(config, "measure")
+    module = config.adapter.get("module") or {}
+    if module.get("concentration") == "gaps" or (plan is not None and plan.measurement):
+        inputs.append(measured / "layers.json")
+    if adapter is not None and "directions" in adapter:
+        inputs.append(measured / DIRECTIONS)
     return inputs
 
 
-def _rebuilt(module: dict[str, Any]) -> dict[str, Any]:
+def _rebuilt(module: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's module config for loading: its first values do not matter, so no directions need to be at hand."""
     module = {name: value for name, value in module.items() if name != "directions"}
     return {**module, "init": "kaiming"} if module.get("init") == "directions" else module

@@ -34,13 +34,13 @@ from orca_rank.stages.setup import (
     bare_model,
     build_model,
     contents,
-    device_of,
     outline,
     ready,
     resolve_backbone,
     source_side,
     stage_folder,
 )
+from orca_rank.stages.trainer import device_of
 
 console = Console()
 
@@ -148,7 +148,7 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        passing = Pass(options.samples, int(config.align.clusters), seed, device_of(config), progress)
+        passing = Pass(options.samples, int(config.align.clusters), seed, device_of(config.trainer), progress)
 
         def side(name: str, through: OrcaModel, tokens: int) -> Side:
             return unfinished.part(name, passing.side, through, sets[name], watched, tokens, name)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from orca_rank import ranks
 from orca_rank.artifacts.files import write_json
-from orca_rank.artifacts.provenance import select
+from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_table import plan_tables
@@ -38,7 +38,14 @@ def run(config: DictConfig) -> None:
     measured = stage_folder(config, "measure") / "layers.json"
     plan = _plan(config, layers, measured) if adapters else None
     others = _other_rules(config, layers) if adapters else {}
-    make_trainable(model, config, plan, adapter_module(config, layers) if adapters else None)
+    make_trainable(
+        model,
+        config.adapter.method,
+        plan,
+        adapter_module(plain(config.adapter), layers, measured.parent) if adapters else None,
+        embedder=config.embedder.train,
+        predictor=not config.predictor.frozen_on_purpose,
+    )
     counts = count_parameters(model, adapters)
     chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [

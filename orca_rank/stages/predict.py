@@ -10,7 +10,8 @@ from rich.progress import track
 
 from orca_rank.artifacts.files import atomic
 from orca_rank.fitted import load
-from orca_rank.stages.setup import data_for, device_of, stage_folder
+from orca_rank.stages.setup import data_for, stage_folder
+from orca_rank.stages.trainer import device_of
 
 
 def run(config: DictConfig) -> None:
@@ -19,9 +20,9 @@ def run(config: DictConfig) -> None:
     The fine-tune is chosen by finetune.tag; where there is only one, it may stay null.
     """
     fitted = load(stage_folder(config, "finetune").parent, config.finetune.tag)
-    device = device_of(config)
+    device = device_of(config.trainer)
     fitted.to(device)
-    data = data_for(config, fitted.task, "test")
+    data = data_for(config.data, fitted.task, "test")
     predictions, targets, metrics = [], [], []
     with torch.inference_mode():
         for x, y in track(data.test_dataloader(), "predicting"):

@@ -15,7 +15,8 @@ from torch import Tensor
 from orca_rank.adapters import DyLoRA, adapters, set_rank
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.fitted import Fitted, chosen_folder, load
-from orca_rank.stages.setup import data_for, device_of, stage_folder
+from orca_rank.stages.setup import data_for, stage_folder
+from orca_rank.stages.trainer import device_of
 from orca_rank.task import Task
 
 console = Console()
@@ -32,8 +33,8 @@ def run(config: DictConfig) -> None:
     """
     folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
     fitted = load(folder)
-    fitted.to(device_of(config))
-    data = data_for(config, fitted.task, "fit")
+    fitted.to(device_of(config.trainer))
+    data = data_for(config.data, fitted.task, "fit")
     batches = data.val_dataloader()
     with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
         bar = progress.add_task("held-out losses of every rank", total=len(batches))

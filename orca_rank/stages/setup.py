@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -14,14 +13,19 @@ from torch import nn
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_tensors
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain, select
 from orca_rank.backbone import OrcaModel, create_model, source_model
 from orca_rank.build import build
+from orca_rank.options import flag
+from orca_rank.stages.trainer import check_trainer, trainer_options
 from orca_rank.task import Task
 from orca_rank.training.pretrain import pretrain_source
 from orca_rank.weights import shipped
 
 console = Console(highlight=False)
+
+
 # What a model's weights before fine-tuning depend on.
 MODEL_SECTIONS = ("backbone", "embedder", "seed")
 
@@ -73,7 +77,7 @@ def contents(config: DictConfig, *places: str) -> dict[str, str]:
     return {place: value for place, value in found.items() if value is not None}
 
 
-def source_side(backbone: Mapping[str, Any], seed: int, data: L.LightningDataModule) -> OrcaModel:
+def source_side(backbone: Mapping[str, Any], seed: int, data: Any) -> OrcaModel:
     """The pretrained embedder and body that a source passes through; no embedder where its data come as tokens.
 
     Args:
@@ -90,12 +94,12 @@ def source_side(backbone: Mapping[str, Any], seed: int, data: L.LightningDataMod
     return model
 
 
-def outline(data: L.LightningDataModule) -> Task:
+def outline(data: Any) -> Task:
     """The task of a data module, without loading the data where the module can tell its shapes beforehand."""
     return getattr(data, "outline", None) or data.task
 
 
-def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: Any) -> L.LightningDataModule:
+def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: Any) -> Any:
     """A data module built from its config and set up for "fit" or "test": its loaders can be asked for.
 
     Args:
@@ -107,25 +111,19 @@ def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: An
     return data
 
 
-def data_for(config: DictConfig, task: Task, stage: str) -> L.LightningDataModule:
-    """The run's data, set up for "fit" or "test", for a model that was fine-tuned for `task`.
+def data_for(node: Any, task: Task, stage: str) -> Any:
+    """The data of a config node, set up for "fit" or "test", for a model that was fine-tuned for `task`.
 
     Raises:
         ValueError: if the data are of another task.
     """
-    data = ready(config.data, stage)
+    data = ready(node, stage)
     if (data.task.kind, data.task.output_shape) != (task.kind, task.output_shape):
         raise ValueError(
             f"the model was fine-tuned for {task.kind} {task.output_shape}, the data are "
             f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
         )
     return data
-
-
-def device_of(config: DictConfig) -> torch.device:
-    """Where a stage computes without a Trainer: the GPU, if there is one and trainer.accelerator allows it."""
-    wanted = config.trainer.get("accelerator", "auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def aligned_embedder(config: DictConfig) -> Path:
@@ -141,28 +139,33 @@ def bare_model(config: DictConfig, task: Task) -> OrcaModel:
         )
 
 
-def close_logger(trainer: L.Trainer) -> None:
-    """End a tracked run: W&B would give an open one to the next job of a sweep, which shares the process."""
-    finish = getattr(getattr(trainer.logger, "experiment", None), "finish", None)
-    if finish is not None:
-        finish()
-
-
 def stage_folder(config: DictConfig, stage: str) -> Path:
     """runs/<run>/<stage>; not created until something is written."""
     return Path(config.paths.runs) / str(config.run) / stage
+
+
+def check(config: DictConfig) -> None:
+    """Options that the stages which train share, before anything is written.
+
+    Raises:
+        ValueError: for a value that means nothing.
+    """
+    flag("embedder.aligned", config.embedder.aligned)
+    flag("embedder.train", config.embedder.train)
+    flag("predictor.frozen_on_purpose", config.predictor.frozen_on_purpose)
+    check_trainer(config.trainer)
 
 
 def on_source(config: DictConfig) -> Path:
     """The weights for backbone.pretrained=on_source: trained once for a source and recipe, and kept in paths.cache."""
     made_from = {**select(config, "source", "backbone"), "contents": contents(config, "source")}
     folder = Path(config.paths.cache) / "pretrain" / key(made_from)
-    if not (folder / "metrics.json").exists() or not (folder / "weights.safetensors").exists():
-        console.print(f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True)
-        pretrain_source(made_from["backbone"], build(config.source), folder, made_from, trainer_options(config))
-    return folder / "weights.safetensors"
-
-
-def trainer_options(config: DictConfig) -> dict[str, Any]:
-    """Where and how precisely pretraining computes: what a run's trainer says of it."""
-    return {name: config.trainer[name] for name in ("accelerator", "precision") if name in config.trainer}
+    weights, trainer = folder / "weights.safetensors", trainer_options(config.trainer)
+    if not (folder / "metrics.json").exists() or not weights.exists():
+        with locked(folder, wait=True):  # jobs of a sweep that need the same weights wait for the first
+            if not (folder / "metrics.json").exists() or not weights.exists():
+                console.print(
+                    f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True
+                )
+                pretrain_source(made_from["backbone"], build(config.source), folder, made_from, trainer)
+    return weights

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import nn
 
 from orca_rank.adapters import inject
-from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import OrcaModel
 from orca_rank.build import build
 from orca_rank.measuring.spectra import load_directions
+from orca_rank.options import one_of
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.ranks.ibp import concentration
 from orca_rank.ranks.rules import gap_values
-from orca_rank.stages.setup import stage_folder
+
+DIRECTIONS = "directions.safetensors"
 
 
-def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any]:
+def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured: Path) -> dict[str, Any]:
     """The adapter's module config with what it takes from stage=measure filled in.
+
+    Args:
+        adapter: its config as plain values. layers: with their measurements. measured: the folder of stage=measure.
 
     `concentration: gaps` becomes each layer's α_i = mean · (D_i / D̄)^γ of the IBP prior (adapter.prior), and
     `init: directions` reads the leading directions that the measurement adapter.directions found.
@@ -28,27 +32,35 @@ def adapter_module(config: DictConfig, layers: Sequence[Layer]) -> dict[str, Any
     Raises:
         ValueError: if the layers carry no such gap, or no such directions were stored. FileNotFoundError: if none were.
     """
-    module = plain(config.adapter.module)
+    module = dict(adapter["module"])
     if module.get("concentration") == "gaps":
-        prior = config.adapter.prior
-        gaps = gap_values(layers, prior.metric, config.adapter.name)
-        alphas = concentration(gaps, prior.mean, prior.gamma).clip(min=0.01 * prior.mean)
+        prior = adapter["prior"]
+        gaps = gap_values(layers, prior["metric"], adapter["name"])
+        alphas = concentration(gaps, prior["mean"], prior["gamma"]).clip(min=0.01 * prior["mean"])
         module["concentration"] = {layer.name: float(a) for layer, a in zip(layers, alphas, strict=True)}
     if module.get("init") == "directions":
-        stored = stage_folder(config, "measure") / "directions.safetensors"
-        module["directions"] = load_directions(stored, config.adapter.directions)
+        module["directions"] = load_directions(measured / DIRECTIONS, adapter["directions"])
     return module
 
 
 def make_trainable(
-    model: OrcaModel, config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any] | None
+    model: OrcaModel,
+    method: str,
+    plan: RankPlan | None,
+    adapter: Mapping[str, Any] | None,
+    *,
+    embedder: bool,
+    predictor: bool,
 ) -> None:
-    """Freeze the model, then free what the config trains: adapter (see `adapter_module`), embedder, predictor.
+    """Freeze the model, then free what is to be trained.
+
+    Args:
+        method: adapter.method. plan, adapter: of "inject" (see `adapter_module`).
+        embedder, predictor: whether they are trained.
 
     Raises:
         ValueError: for an unknown adapter.method, or a plan that adapts no layer.
     """
-    method = config.adapter.method
     model.requires_grad_(False)
     if method == "inject":
         if plan is None or not any(plan.ranks.values()):
@@ -63,10 +75,10 @@ def make_trainable(
         for module in model.body.modules():
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
-    elif method != "probe":
-        raise ValueError(f"adapter.method must be inject, full, norm or probe, received {method!r}")
-    model.embedder.requires_grad_(bool(config.embedder.train))
-    model.predictor.requires_grad_(not config.predictor.frozen_on_purpose)
+    else:
+        one_of("adapter.method", method, ("inject", "full", "norm", "probe"))
+    model.embedder.requires_grad_(embedder)
+    model.predictor.requires_grad_(predictor)
 
 
 def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
@@ -86,17 +98,20 @@ def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
     }
 
 
-def audit(model: OrcaModel, config: DictConfig) -> None:
+def audit(model: OrcaModel, embedder: Mapping[str, Any], frozen_on_purpose: bool) -> None:
     """Stop before training when a freshly initialised module is frozen: every rank would look equally bad.
+
+    Args:
+        embedder: its options. frozen_on_purpose: that of the predictor.
 
     Raises:
         ValueError: the predictor, or an embedder with random weights, is frozen and no option says so on purpose.
     """
-    if not any(p.requires_grad for p in model.predictor.parameters()) and not config.predictor.frozen_on_purpose:
+    if not any(p.requires_grad for p in model.predictor.parameters()) and not frozen_on_purpose:
         raise ValueError(
             "the freshly initialised predictor is frozen: train it, or set predictor.frozen_on_purpose=true"
         )
-    if config.embedder.init == "random" and not config.embedder.aligned and not config.embedder.train:
+    if embedder["init"] == "random" and not embedder["aligned"] and not embedder["train"]:
         raise ValueError(
             "the embedder has random weights and is frozen: set embedder.train=true, embedder.init=pretrained, or "
             "embedder.aligned=true"

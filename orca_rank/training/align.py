@@ -1,88 +1,171 @@
-"""The LightningModule of stage=align."""
+"""The LightningModule of stage=align, and its options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from orca_rank.artifacts.files import write_csv, write_tensors
-from orca_rank.training.features import Source, token_mean
+from orca_rank.artifacts.files import write_tensors
+from orca_rank.options import number, one_of, whole
+from orca_rank.training.features import token_mean
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Decay:
+    """The learning rate times `factor` every so many epochs."""
+
+    every: int
+    factor: float
+
+    def __post_init__(self) -> None:
+        whole("align.decay.every", self.every)
+        number("align.decay.factor", self.factor, above=0, most=1)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Source tokens in place of target tokens at the start of alignment, fewer and fewer.
+
+    Args:
+        start: share of the tokens in the first epoch; 0 turns it off. until: share of the epochs after which nothing is
+            replaced. pool: source images that lend tokens.
+    """
+
+    start: float
+    until: float
+    pool: int
+
+    def __post_init__(self) -> None:
+        number("align.curriculum.start", self.start, least=0, most=1)
+        number("align.curriculum.until", self.until, least=0, most=1)
+        whole("align.curriculum.pool", self.pool)
+
+    def fraction(self, epoch: int, epochs: int) -> float:
+        """Share of target tokens replaced in an epoch: from `start` linearly to 0 at `until` · epochs."""
+        return self.start * max(0.0, 1 - epoch / max(1.0, self.until * epochs))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Validation images that the distance before and after is taken on, and half-samples for its interval."""
+
+    samples: int
+    resamples: int
+
+    def __post_init__(self) -> None:
+        whole("align.held_out.samples", self.samples, 4)
+        whole("align.held_out.resamples", self.resamples, 0)
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """How to align; `conf/align/none.yaml` says what each option is.
+
+    Raises:
+        ValueError: for a value that means nothing, naming the option.
+    """
+
+    schedule: str
+    epochs: int
+    samples_per_class: int
+    batch_size: int
+    source_samples: int
+    clusters: int
+    decay: Decay
+    patience: int | None
+    min_delta: float
+    curriculum: Curriculum
+    held_out: HeldOut
+
+    def __post_init__(self) -> None:
+        one_of("align.schedule", self.schedule, ("orca", "batch"))
+        for name in ("epochs", "samples_per_class", "batch_size", "source_samples", "clusters"):
+            whole(f"align.{name}", getattr(self, name))
+        whole("align.patience", self.patience, null=True)
+        number("align.min_delta", self.min_delta, least=0)
+
+
+class Target(NamedTuple):
+    """The target's training samples: a dataset of (x, y), how its batches are put together, and labels (n,)."""
+
+    dataset: Dataset
+    collate: Callable[..., Any]
+    labels: Tensor
+
+    def share(self, label: int) -> float:
+        """Share of a class among the samples, n_i / N."""
+        return float((self.labels == label).float().mean())
 
 
 class Align(L.LightningModule):
     """Trains the embedder alone on batches of one class (schedule="orca") or of all (schedule="batch").
 
     Args:
-        embedder: images -> tokens. objective: (features, labels) -> scalar. dataset, collate: the target.
-        labels: (n,) of the target's training samples. source: gives the tokens of the curriculum.
-        optimizer: takes parameters. settings: the align config. folder: for the batch of a loss that is not finite.
-        seed: of every order and draw. mark: a key of the run's options, kept in checkpoints.
+        embedder: images -> tokens. objective: (features, labels) -> scalar. target: what to align.
+        tokens: (p, T, d) of source images, for the curriculum. optimizer: takes parameters.
+        options: see `AlignOptions`. folder: for the batch of a loss that is not finite. seed: of every order and draw.
     """
 
     def __init__(
         self,
         embedder: nn.Module,
         objective: Objective,
-        dataset: Dataset,
-        collate: Any,
-        labels: Tensor,
-        source: Source,
-        optimizer: Any,
-        settings: Mapping[str, Any],
+        target: Target,
+        tokens: Tensor,
+        optimizer: partial,
+        options: AlignOptions,
+        *,
         folder: Path,
         seed: int,
-        mark: str,
     ) -> None:
         super().__init__()
-        self.embedder, self.objective, self.dataset, self.collate = embedder, objective, dataset, collate
-        self.labels, self.source, self.make_optimizer, self.settings = labels, source, optimizer, settings
-        self.folder, self.seed, self.mark = folder, seed, mark
+        self.embedder, self.objective, self.target, self.tokens = embedder, objective, target, tokens
+        self.make_optimizer, self.options, self.folder, self.seed = optimizer, options, folder, seed
+        self.batches: list[list[int]] = []
 
     def train_dataloader(self) -> DataLoader:
         """Made anew each epoch, from the epoch's own seed, so that a resumed run sees the same batches."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.current_epoch)
-        if self.settings["schedule"] == "orca":
-            batches = list(class_batches(self.labels, self.settings["samples_per_class"], generator))
+        labels = self.target.labels
+        if self.options.schedule == "orca":
+            self.batches = list(class_batches(labels, self.options.samples_per_class, generator))
         else:
-            order = torch.randperm(len(self.labels), generator=generator)
-            batches = [part.tolist() for part in order.split(self.settings["batch_size"])]
-        self.batches = batches
-        return DataLoader(self.dataset, batch_sampler=batches, collate_fn=self.collate)
-
-    def share(self, label: int) -> float:
-        """Share of a class among the training samples, n_i / N."""
-        return float((self.labels == label).float().mean())
+            order = torch.randperm(len(labels), generator=generator)
+            self.batches = [part.tolist() for part in order.split(self.options.batch_size)]
+        return DataLoader(self.target.dataset, batch_sampler=self.batches, collate_fn=self.target.collate)
 
     def features(self, x: Tensor, batch_index: int) -> Tensor:
-        """Token means, some target tokens replaced by source tokens at the start of a curriculum (PaRe)."""
+        """Token means, some target tokens replaced by source tokens at the start of a curriculum."""
         tokens = self.embedder(x).flatten(1, -2)  # (B, ..., d) -> (B, T, d)
-        fraction = curriculum_fraction(self.settings["curriculum"], self.current_epoch, self.settings["epochs"])
+        fraction = self.options.curriculum.fraction(self.current_epoch, self.options.epochs)
         replaced = round(fraction * tokens.shape[1])
         if replaced:
             draw = torch.Generator().manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + batch_index)
-            image = torch.randint(len(self.source.tokens), (len(x),), generator=draw)
+            image = torch.randint(len(self.tokens), (len(x),), generator=draw)
             place = torch.randperm(tokens.shape[1], generator=draw)[:replaced]
-            tokens = tokens.index_copy(1, place.to(x.device), self.source.tokens[image][:, place].to(tokens))
+            tokens = tokens.index_copy(1, place.to(x.device), self.tokens[image][:, place].to(tokens))
         return token_mean(tokens)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, _ = batch
-        label = self.labels[torch.tensor(self.batches[batch_index])].to(x.device)
+        label = self.target.labels[torch.tensor(self.batches[batch_index])].to(x.device)
         features = self.features(x, batch_index)
         if bool(torch.isfinite(features).all()):
             loss = self.objective(features, label)
             if bool(torch.isfinite(loss)):
-                if self.settings["schedule"] == "orca":  # Lightning averages over the batches of an optimiser step
-                    loss = loss * self.share(int(label[0])) * len(self.batches)
+                if self.options.schedule == "orca":  # Lightning averages over the batches of an optimiser step
+                    loss = loss * self.target.share(int(label[0])) * len(self.batches)
                 self.log("loss", loss, on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
                 return loss
         path = self.folder / "bad_batch.safetensors"
@@ -92,14 +175,11 @@ class Align(L.LightningModule):
             f"and features are in {path}: lower align.optimizer.lr"
         )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.embedder.parameters())
-        decay = self.settings["decay"]
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, decay["every"], decay["factor"])
+        decay = self.options.decay
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, decay.every, decay.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mark"] = self.mark
 
 
 def class_batches(labels: Tensor, most: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -108,31 +188,3 @@ def class_batches(labels: Tensor, most: int, generator: torch.Generator) -> Iter
     for value in values[torch.randperm(len(values), generator=generator)]:
         members = torch.nonzero(labels == value).flatten()
         yield members[torch.randperm(len(members), generator=generator)[:most]].tolist()
-
-
-def curriculum_fraction(curriculum: Mapping[str, Any], epoch: int, epochs: int) -> float:
-    """Share of target tokens replaced in an epoch: from `start` linearly to 0 at `until` · epochs."""
-    end = max(1.0, curriculum["until"] * epochs)
-    return curriculum["start"] * max(0.0, 1 - epoch / end)
-
-
-class Curve(Callback):
-    """curve.csv with the columns epoch, loss, lr; rewritten whole, so that a resumed run goes on where it stopped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lr = path, 0.0
-        self.rows: list[dict[str, float]] = []
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        row = {"epoch": trainer.current_epoch, "loss": float(trainer.callback_metrics["loss"]), "lr": self.lr}
-        self.rows.append(row)
-        write_csv(self.path, self.rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]

@@ -1,20 +1,58 @@
-"""The LightningModule of stage=finetune, and the learning curve it leaves."""
+"""The LightningModule of stage=finetune, and its options."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from orca_rank import adapters
-from orca_rank.artifacts.files import write_csv
 from orca_rank.backbone import OrcaModel
+from orca_rank.options import number, one_of, whole
 from orca_rank.task import Task
+from orca_rank.training.schedule import SCHEDULES, Schedule
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How to fine-tune; `conf/config.yaml` says what each option is.
+
+    Raises:
+        ValueError: for a value that means nothing, naming the option.
+    """
+
+    epochs: int
+    accumulate: int = 1
+    clip: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.05
+    warmup_epochs: float | None = None
+    decay: float = 0.2
+    patience: int | None = None
+    predictor_lr: float | None = None
+    embedder_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        whole("finetune.epochs", self.epochs)
+        whole("finetune.accumulate", self.accumulate)
+        number("finetune.clip", self.clip, above=0, null=True)
+        one_of("finetune.schedule", self.schedule, SCHEDULES)
+        number("finetune.warmup", self.warmup, least=0, most=1)
+        number("finetune.warmup_epochs", self.warmup_epochs, least=0, most=self.epochs, null=True)
+        number("finetune.decay", self.decay, least=0, most=1)
+        whole("finetune.patience", self.patience, null=True)
+        number("finetune.predictor_lr", self.predictor_lr, above=0, null=True)
+        number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
+
+    def course(self, steps: float) -> Schedule:
+        """The learning rates of a run of so many optimiser steps."""
+        warmup = self.warmup if self.warmup_epochs is None else self.warmup_epochs / self.epochs
+        return Schedule(self.schedule, steps, warmup * steps, self.decay * steps)
 
 
 class FineTune(L.LightningModule):
@@ -22,14 +60,22 @@ class FineTune(L.LightningModule):
 
     Args:
         model: with exactly the parameters to train set to require gradients. task: loss and metric.
-        optimizer: takes parameter groups. settings: warmup_epochs, schedule, epochs; lr_ratio: LoRA+'s λ, the
-            learning rate of B over that of A (1: the same). seed: of what adapters draw in each step.
+        optimizer: takes parameter groups; its lr is the adapter's, or the body's. options: see `FinetuneOptions`.
+        seed: of what adapters draw in each step. lr_ratio: LoRA+'s λ, the learning rate of B over that of A.
     """
 
-    def __init__(self, model: OrcaModel, task: Task, optimizer: Any, settings: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        model: OrcaModel,
+        task: Task,
+        optimizer: partial,
+        options: FinetuneOptions,
+        seed: int,
+        lr_ratio: float = 1.0,
+    ) -> None:
         super().__init__()
-        self.model, self.task, self.make_optimizer, self.settings = model, task, optimizer, settings
-        self.seed = seed
+        self.model, self.task, self.make_optimizer, self.options = model, task, optimizer, options
+        self.seed, self.lr_ratio = seed, lr_ratio
         self.strict_loading = False  # checkpoints leave out what is frozen
         self.draws = torch.Generator().manual_seed(seed)
 
@@ -72,32 +118,26 @@ class FineTune(L.LightningModule):
         if self.task.kind == "classification":
             self.log(f"{split}/cross_entropy", self.task.loss(prediction, y), batch_size=len(x))
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        lr = self.make_optimizer.keywords["lr"]
-        groups = adapters.parameter_groups(self.model.body, lr=lr, ratio=self.settings["lr_ratio"])
-        rest = [p for part in (self.model.embedder, self.model.predictor) for p in part.parameters() if p.requires_grad]
-        optimizer = self.make_optimizer([*groups, {"params": rest}])
-        schedule, epochs, warmup = (self.settings[name] for name in ("schedule", "epochs", "warmup_epochs"))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda epoch: lr_factor(epoch, schedule, epochs, warmup)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.make_optimizer(self.parameter_groups())
+        course = self.options.course(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: course.factor(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What is trained, each part at its own learning rate: adapter (or body), embedder, predictor."""
+        lr = float(self.make_optimizer.keywords["lr"])
+        groups = adapters.parameter_groups(self.model.body, lr=lr, ratio=self.lr_ratio)
+        rates = {"embedder": self.options.embedder_lr, "predictor": self.options.predictor_lr}
+        for name, own in rates.items():
+            trained = [p for p in getattr(self.model, name).parameters() if p.requires_grad]
+            if trained:
+                groups.append({"name": name, "params": trained, "lr": lr if own is None else own})
+        return groups
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = trained_tensors(self.model)
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in kept.items()}
-
-
-def lr_factor(epoch: int, schedule: str, epochs: int, warmup: int) -> float:
-    """Learning rate of an epoch over its peak: a linear warm-up, then linear or cosine decay to 0, or constant."""
-    if epoch < warmup:
-        return (epoch + 1) / (warmup + 1)
-    progress = min(1.0, (epoch - warmup) / max(1, epochs - warmup))
-    if schedule == "linear":
-        return 1 - progress
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0
 
 
 def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
@@ -105,33 +145,3 @@ def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainable |= {f"body.{name}" for name in adapters.adapter_state_dict(model.body)}
     return {name: value for name, value in model.state_dict().items() if name in trainable}
-
-
-class Curve(Callback):
-    """curve.csv: one row an epoch, rewritten whole so that a resumed run goes on where it stopped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, float]] = []
-        self.lr = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.lr = trainer.optimizers[0].param_groups[-1]["lr"]
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        values = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
-        row = {"epoch": trainer.current_epoch, "lr": self.lr, **values}
-        self.rows = [old for old in self.rows if old["epoch"] < row["epoch"]] + [row]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.rows and "train/loss" in trainer.callback_metrics:
-            self.rows[-1]["train/loss"] = float(trainer.callback_metrics["train/loss"])
-        write_csv(self.path, self.rows)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ def _all(x: Tensor, x_label: Tensor, y: Tensor, y_label: Tensor, bandwidth: floa
 
 
 @torch.no_grad()
-def compare(source: Source, features: Tensor, labels: Tensor, options: Mapping[str, Any], seed: int) -> Distances:
+def compare(source: Source, features: Tensor, labels: Tensor, resamples: int, seed: int) -> Distances:
     """OTDD² (ε = 1 % of the scale), unbiased MMD² and d · SW₂² of equally many source and held-out target images.
 
     Intervals are 90 % half-sampling intervals: D is recomputed on random halves of both samples, drawn without
@@ -31,7 +30,7 @@ def compare(source: Source, features: Tensor, labels: Tensor, options: Mapping[s
     about their mean is put around the value.
 
     Args:
-        source: see `Source`. features: (m, d). labels: (m,). options: resamples, samples. seed: of the draws.
+        source: see `Source`. features: (m, d). labels: (m,). resamples: half-samples. seed: of the draws.
 
     Raises:
         ValueError: for fewer than 4 held-out images.
@@ -44,7 +43,7 @@ def compare(source: Source, features: Tensor, labels: Tensor, options: Mapping[s
     bandwidth = 2.0 * float(x.var(0).sum()) or 1.0  # E‖x − x′‖² within the source: the same before and after
     value = _all(x, x_label, features, labels, bandwidth)
     halves: dict[str, list[float]] = {name: [] for name in value}
-    for _ in range(options["resamples"]):
+    for _ in range(resamples):
         i = torch.randperm(len(x), generator=draw)[: len(x) // 2]
         j = torch.randperm(len(features), generator=draw)[: len(features) // 2]
         for name, half in _all(x[i], x_label[i], features[j], labels[j], bandwidth).items():

@@ -68,23 +68,22 @@ class MuonAdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(parameter, self.state[parameter], group)
+                    update(parameter, parameter.grad, self.state[parameter], group)
         return loss
 
-    def _muon(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _muon(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        gradient, mu = parameter.grad, group["momentum"]
+        mu = group["momentum"]
         average = state["momentum"].lerp_(gradient, 1 - mu)
         direction = orthogonalised(gradient.lerp(average, mu).float())
         parameter.add_(direction.to(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
-    def _adamw(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _adamw(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if not state:
             state.update(step=0, first=torch.zeros_like(parameter), second=torch.zeros_like(parameter))
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        gradient = parameter.grad
         first = state["first"].lerp_(gradient, 1 - beta1)
         second = state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (second / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
@@ -107,7 +106,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool) -> list[
             groups["matrix"].append(parameter)
         else:
             groups["weight"].append(parameter)
-    extra = {"matrix": {"muon": True}, "weight": {}, "plain": {"weight_decay": 0.0}}
+    extra: dict[str, dict[str, Any]] = {"matrix": {"muon": True}, "weight": {}, "plain": {"weight_decay": 0.0}}
     return [
         {"params": members, "weight_decay": weight_decay, **(extra[kind] if muon or kind == "plain" else {})}
         for kind, members in groups.items()

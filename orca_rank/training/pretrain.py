@@ -17,20 +17,26 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from orca_rank.artifacts.files import atomic, write_json, write_tensors
-from orca_rank.data.augment import Augmentation, mix, soft_labels
+from orca_rank.artifacts.files import write_json, write_tensors
+from orca_rank.artifacts.unfinished import finish
+from orca_rank.data.augment import mix, soft_labels
 from orca_rank.data.module import Batches, EpochOrder, as_it_is
 from orca_rank.normaliser import Normaliser
+from orca_rank.options import one_of, read
+from orca_rank.training.curve import Curve
+from orca_rank.training.keep import Keep, checkpoint_of, fit
 from orca_rank.training.muon import MuonAdamW, parameter_groups
-from orca_rank.training.recipe import ON_THE_SPOT, Recipe, keep_recipe, lr_factor
+from orca_rank.training.recipe import ON_THE_SPOT, Recipe, keep_recipe
 
 console = Console(highlight=False)
 Pair = tuple[Tensor, Tensor]
+COLUMNS = ("epoch", "lr", "seconds", "train/loss", "val/top1", "val/top1_raw")
 
 
 class Pretrain(L.LightningModule):
@@ -41,6 +47,10 @@ class Pretrain(L.LightningModule):
             takes are resized first. recipe: see `Recipe`. classes: number of them.
         mean, std: of the channels of images in [0, 1], each (C, 1, 1).
     """
+
+    mean: Tensor
+    std: Tensor
+    updates: Tensor
 
     def __init__(self, network: nn.Module, recipe: Recipe, classes: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -86,56 +96,37 @@ class Pretrain(L.LightningModule):
                 right = (network(x).argmax(1) == labels).float().mean()
                 self.log(name, right, on_step=False, on_epoch=True, batch_size=len(x))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         recipe, muon = self.recipe, self.recipe.optimizer == "muon"
         groups = parameter_groups(self.network, recipe.weight_decay, muon)
         make = MuonAdamW if muon else torch.optim.AdamW
         optimizer = make(groups, lr=recipe.lr, betas=(0.9, 0.99))
-        per_epoch = self.trainer.estimated_stepping_batches / self.trainer.max_epochs
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, per_epoch, recipe))
+        epochs = self.trainer.max_epochs or recipe.epochs
+        course = recipe.course(self.trainer.estimated_stepping_batches / epochs)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: course.factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class Keep(Checkpoint):
-    """After every epoch: last.ckpt, the best average so far, curve.csv and one line with the time left."""
+class Best(Callback):
+    """After every epoch weights.safetensors, if the average is the best so far, and one line with the time left.
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
-        self.folder, self.recipe = folder, recipe
-        self.rows: list[dict[str, float]] = []
-        self.started = time.monotonic()
+    Args:
+        folder: for the weights. recipe: see `Recipe`. curve: what has been seen so far.
+    """
 
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.started = time.monotonic()
+    def __init__(self, folder: Path, recipe: Recipe, curve: Curve) -> None:
+        self.folder, self.recipe, self.curve = folder, recipe, curve
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/" in name}
-        seconds = time.monotonic() - self.started
-        best = max((row["val/top1"] for row in self.rows), default=-1.0)
-        self.rows.append(
-            {"epoch": trainer.current_epoch + 1, "lr": trainer.optimizers[0].param_groups[0]["lr"], "seconds": seconds}
-            | {name: metrics[name] for name in ("train/loss", "val/top1", "val/top1_raw")}
-        )
-        if metrics["val/top1"] > best:
+        *before, row = self.curve.rows
+        done, top1, seconds = len(self.curve.rows), row["val/top1"], row["seconds"]
+        if isinstance(module, Pretrain) and top1 > max((old["val/top1"] for old in before), default=-1.0):
             dtype = torch.float16 if self.recipe.half else torch.float32
-            write_weights(self.folder / "weights.safetensors", module, dtype, len(self.rows), metrics["val/top1"])
-        with atomic(self.folder / "curve.csv") as path, path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        with atomic(self.folder / "last.ckpt") as path:
-            trainer.save_checkpoint(path, weights_only=False)
-        left = (self.recipe.epochs - len(self.rows)) * seconds / 60
+            write_weights(self.folder / "weights.safetensors", module, dtype, done, top1)
         console.print(
-            f"epoch {len(self.rows)}/{self.recipe.epochs}  loss {metrics['train/loss']:.3f}  "
-            f"top-1 {metrics['val/top1']:.2%} (raw weights {metrics['val/top1_raw']:.2%})  "
-            f"{seconds:.0f} s, {left:.0f} min left"
+            f"epoch {done}/{self.recipe.epochs}  loss {row['train/loss']:.3f}  top-1 {top1:.2%} (raw weights "
+            f"{row['val/top1_raw']:.2%})  {seconds:.0f} s, {(self.recipe.epochs - done) * seconds / 60:.0f} min left"
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
 
 
 def pretrain(
@@ -165,17 +156,28 @@ def pretrain(
         )
     classes = int(train[1].max()) + 1 if classes is None else classes
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "last.ckpt"
-    keep_recipe(folder / "recipe.json", recipe, checkpoint.exists())
+    checkpoint = checkpoint_of(folder)
+    keep_recipe(folder / "recipe.json", recipe, checkpoint is not None)
     channels = Normaliser.fit(train[0], "channel")
     mean, std = channels.mean.float(), torch.where(channels.std > 0, channels.std, 1.0).float()
     scale = 255 if train[0].dtype == torch.uint8 else 1
     module = Pretrain(network, recipe, classes, mean / scale, std / scale)
     count = len(train[0])
     order = EpochOrder(count, recipe.seed)
-    options = dict(accelerator="auto", devices=1, enable_progress_bar=False, enable_model_summary=False, logger=False)
-    options |= dict(num_sanity_val_steps=0, callbacks=[Keep(folder, recipe)], max_epochs=recipe.epochs)
-    options |= dict(accumulate_grad_batches=recipe.accumulate, gradient_clip_val=recipe.clip, **(trainer or {}))
+    curve = Curve(folder / "curve.csv", COLUMNS, first=1)
+    options: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "num_sanity_val_steps": 0,
+        "callbacks": [curve, Best(folder, recipe, curve), Keep(folder)],
+        "max_epochs": recipe.epochs,
+        "accumulate_grad_batches": recipe.accumulate,
+        "gradient_clip_val": recipe.clip,
+        **(trainer or {}),
+    }
     loaders = [
         DataLoader(
             Batches(train[0], train[1].long()),
@@ -189,8 +191,7 @@ def pretrain(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches are cut from memory
         warnings.filterwarnings("ignore", message=".*Checkpoint directory.*")
-        fit = L.Trainer(**options).fit
-        fit(module, loaders[0], loaders[1], ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=False)
+        fit(L.Trainer(**options), module, checkpoint, train_dataloaders=loaders[0], val_dataloaders=loaders[1])
     return folder / "weights.safetensors"
 
 
@@ -217,6 +218,18 @@ def write_weights(path: Path, module: Pretrain, dtype: torch.dtype, epoch: int, 
     write_tensors(path, state, {"epoch": str(epoch), "val_top1": f"{top1:.6f}", "mean": mean, "std": std})
 
 
+def recipe_of(backbone: Mapping[str, Any]) -> tuple[Recipe, str]:
+    """How a backbone config wants to be pretrained, and the part of the source to validate on.
+
+    Raises:
+        ValueError: for a value that means nothing.
+    """
+    options = {name: value for name, value in backbone.get("recipe", ON_THE_SPOT).items() if value is not None}
+    validate_on = options.pop("validate_on", "val")
+    one_of("backbone.recipe.validate_on", validate_on, ("val", "test"))
+    return read(Recipe, options, "backbone.recipe"), validate_on
+
+
 def pretrain_source(
     backbone: Mapping[str, Any],
     source: Any,
@@ -233,8 +246,7 @@ def pretrain_source(
     Raises:
         ValueError: a source that is not a classification of images, or an unknown validate_on.
     """
-    options = {**backbone.get("recipe", ON_THE_SPOT)}
-    validate_on = options.pop("validate_on", "val")
+    recipe, validate_on = recipe_of(backbone)
     if getattr(source, "embedded", False):
         raise ValueError(
             "the source comes as tokens of another backbone, without images to pretrain on: choose source=digits, "
@@ -243,15 +255,11 @@ def pretrain_source(
     parts = source.parts
     if parts.task.kind != "classification":
         raise ValueError(f"pretraining needs a source with classes, this one is a {parts.task.kind} task")
-    if validate_on not in ("val", "test"):
-        raise ValueError(f"backbone.recipe.validate_on must be 'val' or 'test', received {validate_on!r}")
     train, val = parts.train, parts.val
     if validate_on == "test":
-        train, val = tuple(torch.cat(both) for both in zip(train, val, strict=True)), parts.test
+        train, val = (torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])), parts.test
     if train[0].dtype != torch.uint8 and (train[0].min() < 0 or train[0].max() > 1):
         raise ValueError("pretraining takes source images as uint8 or as floats in [0, 1]")
-    drawn = {name: options.pop(name, None) for name in ("augmentation", "decay_augmentation")}
-    recipe = Recipe(**options, **{name: Augmentation(**values) for name, values in drawn.items() if values})
     classes, start = parts.task.output_shape[0], time.monotonic()
     torch.manual_seed(recipe.seed)
     network = timm.create_model(
@@ -264,3 +272,4 @@ def pretrain_source(
     metrics = {f"{validate_on}/top1": best["val/top1"], "epoch": best["epoch"], "epochs": len(rows)}
     metrics |= {"seconds": sum(row["seconds"] for row in rows), "seconds_this_time": time.monotonic() - start}
     write_json(folder / "metrics.json", {"weights": weights.name, **metrics}, config=made_from)
+    finish(folder)

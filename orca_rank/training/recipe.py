@@ -1,14 +1,15 @@
-"""The options of pretraining, and its learning-rate schedule."""
+"""The options of pretraining."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from orca_rank.artifacts.files import atomic
 from orca_rank.data.augment import Augmentation
+from orca_rank.options import number, one_of, whole
+from orca_rank.training.schedule import Schedule
 
 # For a backbone config without a recipe of its own: a small Swin on one or two thousand small images, such as digits.
 ON_THE_SPOT = {
@@ -61,31 +62,30 @@ class Recipe:
     decay_augmentation: Augmentation | None = None
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer must be 'adamw' or 'muon', received {self.optimizer!r}")
-        if self.schedule not in ("cosine", "wsd"):
-            raise ValueError(f"schedule must be 'cosine' or 'wsd', received {self.schedule!r}")
+        for name in ("epochs", "batch_size", "accumulate"):
+            whole(f"recipe.{name}", getattr(self, name))
+        one_of("recipe.optimizer", self.optimizer, ("adamw", "muon"))
+        one_of("recipe.schedule", self.schedule, ("cosine", "wsd"))
+        number("recipe.lr", self.lr, above=0)
+        number("recipe.weight_decay", self.weight_decay, least=0)
+        number("recipe.warmup_epochs", self.warmup_epochs, least=0)
+        number("recipe.decay_epochs", self.decay_epochs, least=0)
+        number("recipe.ema", self.ema, least=0, below=1)
+        number("recipe.clip", self.clip, above=0, null=True)
+        whole("recipe.seed", self.seed, 0)
         if self.decay_augmentation is not None and self.schedule != "wsd":
-            raise ValueError("decay_augmentation needs schedule=wsd, whose decay begins at a known epoch")
-        if min(self.epochs, self.batch_size, self.accumulate) < 1 or self.lr <= 0:
-            raise ValueError("epochs, batch_size and accumulate must be at least 1 and lr above 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), received {self.ema}")
+            raise ValueError("recipe.decay_augmentation needs schedule=wsd, whose decay begins at a known epoch")
 
     def augmentation_in(self, epoch: int) -> Augmentation:
         """That of epoch 0, 1, …"""
-        decaying = self.decay_augmentation is not None and epoch >= self.epochs - self.decay_epochs
-        return self.decay_augmentation if decaying else self.augmentation
+        if self.decay_augmentation is not None and epoch >= self.epochs - self.decay_epochs:
+            return self.decay_augmentation
+        return self.augmentation
 
-
-def lr_factor(step: int, steps_per_epoch: float, recipe: Recipe) -> float:
-    """The learning rate of optimiser step 0, 1, … as a fraction of its peak."""
-    warm, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    if recipe.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-    return max(0.0, min(1.0, (total - step) / max(1.0, recipe.decay_epochs * steps_per_epoch)))
+    def course(self, steps_per_epoch: float) -> Schedule:
+        """The learning rates of every optimiser step."""
+        lengths = (self.epochs, self.warmup_epochs, self.decay_epochs)
+        return Schedule(self.schedule, *(epochs * steps_per_epoch for epochs in lengths))
 
 
 def keep_recipe(path: Path, recipe: Recipe, resuming: bool) -> None:

@@ -1,0 +1,124 @@
+"""Options as small frozen dataclasses, each value checked once: errors say option, value and what is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+T = TypeVar("T")
+
+
+def read(kind: type[T], values: Any, name: str) -> T:
+    """The dataclass `kind` from a mapping of its fields; a field that is a dataclass itself takes a mapping in turn.
+
+    Args:
+        values: as a config gives them. name: of the options in messages, such as "align".
+
+    Raises:
+        ValueError: for something other than a mapping, an unknown or missing option, or as `kind` says.
+    """
+    known = [item.name for item in fields(kind)]  # type: ignore[arg-type]  # `kind` is a dataclass
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name}={shown(values)}: expected options among {', '.join(known)}")
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{name} has no option {unknown[0]}: expected {', '.join(known)}")
+    hints = get_type_hints(kind)
+    given = {key: _typed(f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as its field declares it: a number, a word, true or false, options inside, or one of several."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    if inner := [kind for kind in kinds if is_dataclass(kind)]:
+        return read(inner[0], value, name)  # type: ignore[arg-type]  # a class, as it stands in an annotation
+    for kind, (fits, expected) in PLAIN.items():
+        if kind in kinds and not fits(value):
+            raise ValueError(f"{name}={shown(value)}: expected {expected}{' or null' if NoneType in kinds else ''}")
+    return value
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+PLAIN: dict[type, tuple[Callable[[Any], bool], str]] = {
+    int: (lambda value: _is(value, Integral), "a whole number"),
+    float: (lambda value: _is(value, Real), "a number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    str: (lambda value: isinstance(value, str), "a word"),
+}
+
+
+def whole(name: str, value: Any, least: int = 1, most: int | None = None, *, null: bool = False) -> None:
+    """Raise a ValueError unless `value` is a whole number from `least` to `most` (or None, where `null`)."""
+    if value is None and null:
+        return
+    if not _is(value, Integral) or value < least or (most is not None and value > most):
+        limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}={shown(value)}: expected a whole number {limit}{' or null' if null else ''}")
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    null: bool = False,
+) -> None:
+    """Raise a ValueError unless `value` is a finite number within the given bounds (or None, where `null`)."""
+    if value is None and null:
+        return
+    fits = _is(value, Real) and math.isfinite(value)
+    for bound, inside in (
+        (least, lambda v, b: v >= b),
+        (above, lambda v, b: v > b),
+        (most, lambda v, b: v <= b),
+        (below, lambda v, b: v < b),
+    ):
+        fits = fits and (bound is None or inside(value, bound))
+    if not fits:
+        raise ValueError(
+            f"{name}={shown(value)}: expected {_range(least, above, most, below)}{' or null' if null else ''}"
+        )
+
+
+def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
+    low, high = least if above is None else above, most if below is None else below
+    if low is not None and high is not None:
+        return f"a number in {'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
+    if low is not None:
+        return f"a number {'of at least' if above is None else 'above'} {low:g}"
+    return "a finite number" if high is None else f"a number {'of at most' if below is None else 'below'} {high:g}"
+
+
+def flag(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)}: expected true or false")
+
+
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise a ValueError unless `value` is one of some words."""
+    if value not in allowed:
+        first = ", ".join(allowed[:-1])
+        raise ValueError(f"{name}={shown(value)}: expected {f'{first} or {allowed[-1]}' if first else allowed[-1]}")
+
+
+def shown(value: Any) -> str:
+    """A value as a config file writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

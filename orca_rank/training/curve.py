@@ -1,0 +1,47 @@
+"""curve.csv, the learning curve that every training stage leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from orca_rank.artifacts.files import write_csv
+
+
+class Curve(Callback):
+    """One row an epoch; rewritten whole, so that a resumed run goes on where it stopped.
+
+    Args:
+        path: of the file.
+        columns: in this order: epoch, lr (of the first parameter group, at the epoch's start), seconds (of the epoch),
+            and names of what the module logs. None is epoch, lr and everything logged as <part>/<name>, val/ first.
+        first: number of the first epoch.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] | None = None, first: int = 0) -> None:
+        self.path, self.columns, self.first = path, columns, first
+        self.rows: list[dict[str, float]] = []
+        self.lr, self.started = 0.0, time.monotonic()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        epoch = trainer.current_epoch + self.first
+        found = {"epoch": epoch, "lr": self.lr, "seconds": time.monotonic() - self.started, **logged}
+        columns = self.columns or ("epoch", "lr", *sorted((name for name in logged if "/" in name), reverse=True))
+        self.rows = [row for row in self.rows if row["epoch"] < epoch] + [{name: found[name] for name in columns}]
+        write_csv(self.path, self.rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
