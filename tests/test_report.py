@@ -7,19 +7,20 @@ import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
+from run_folders import align, counts, finetune, layers, measure, page
 from torch import nn
 
-from orca_rank.artifacts.files import write_csv, write_json
+from orca_rank.artifacts.files import write_json
 from orca_rank.data.darcy import Darcy
 from orca_rank.report.page import Page, cell
-from orca_rank.report.run_folder import read_run, summary
-from orca_rank.stages import report
+from orca_rank.report.run_folder import read_run
+from orca_rank.report.tables import summary
+from orca_rank.stages import gallery, report
 from orca_rank.task import Task
 
 COLUMNS = [
@@ -27,73 +28,6 @@ COLUMNS = [
     "trainable_embedder", "trainable_predictor", "trainable_other", "total_parameters", "metric", "val", "test",
     "seconds", "epochs", "data", "backbone",
 ]  # fmt: skip
-NAMES = [
-    f"layers.{s}.blocks.0.{kind}" for s in range(2) for kind in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "mlp.fc1")
-]
-
-
-def layers(scale: float) -> list[dict[str, Any]]:
-    def gap(i: int) -> dict[str, Any]:
-        value = scale * (1 + i)
-        return {"value": value, "low": value - 0.1, "high": value + 0.1, "p": 0.01 if i % 2 else 0.2, "p_family": None}
-
-    spectrum = {"singular_values": [3.0, 1.0], "null": 2.0, "energy": 10.0, "rank": 1}
-    return [
-        {"name": name, "d_in": 8, "d_out": 8, "gap": {"mmd": gap(i), "sliced": gap(i)}, "ot_map": spectrum}
-        for i, name in enumerate(NAMES)
-    ]
-
-
-def align(run: Path) -> None:
-    pair = {"before": {"value": 3.25, "low": 3.0, "high": 3.5}, "after": {"value": 1.75, "low": 1.5, "high": 2.0}}
-    payload = {"objective": "otdd", "distances": {"otdd": pair}, "epochs": 2, "seconds": 1.0}
-    write_json(run / "align/metrics.json", payload, config={"data": {"_target_": "a.b.Far"}})
-    write_csv(run / "align/curve.csv", [{"epoch": i, "loss": 3.0 - i, "lr": 0.1} for i in range(2)])
-
-
-def measure(run: Path) -> None:
-    agreement = {a: {b: 1.0 for b in ("depth", "mmd gap", "stable rank")} for a in ("depth", "mmd gap", "stable rank")}
-    config = {"data": {"_target_": "a.b.Far"}, "embedder": {"aligned": True}}
-    write_json(run / "measure/layers.json", {"layers": layers(1.0), "agreement": agreement}, config=config)
-    write_json(run / "measure/compare/near.json", {"name": "near", "layers": layers(0.1)})
-
-
-def plan(rule: str, ranks: Any) -> dict[str, Any]:
-    options = {"metric": "mmd"} if rule == "proportional" else {}
-    budget = {"mean_rank": 4, "total_rank": None, "parameters": None, "r_min": 0, "r_max": None}
-    return {"rule": rule, "budget": budget, "options": options, "ranks": dict(zip(NAMES, ranks, strict=True))}
-
-
-def counts(run: Path) -> None:
-    trainable = {"total": 700, "adapter": 500, "embedder": 100, "predictor": 100, "other": 0}
-    made = plan("proportional", range(8))
-    rows = [{"name": name, "d_in": 8, "d_out": 8, "rank": r, "parameters": 16 * r} for name, r in made["ranks"].items()]
-    said = {name: made[name] for name in ("rule", "budget", "options")}
-    measured = [path for path in [run / "measure/layers.json"] if path.exists()]
-    payload = {"trainable_parameters": trainable, "total_parameters": 9000, "layers": rows, **said}
-    write_json(run / "plan/plan.json", payload, inputs=measured)
-
-
-def finetune(run: Path, tag: str, val: float, metric: str = "error", data: dict[str, Any] | None = None) -> None:
-    dense = metric == "relative_l2"
-    task = {
-        "kind": "dense" if dense else "classification",
-        "input_shape": [3, 8, 8] if dense else [1, 8, 8],
-        "output_shape": [1, 8, 8] if dense else [10],
-    }
-    payload = {
-        f"val/{metric}": val, f"test/{metric}": val + 0.0625, "metric": metric, "task": task, "seconds": 2.5,
-        "epochs": 3,
-        "trainable_parameters": {"total": 321, "adapter": 300, "embedder": 0, "predictor": 21, "other": 0},
-        "total_parameters": 9000,
-    }  # fmt: skip
-    config = {"adapter": {"name": "lora"}, "seed": 7, "data": data or {"_target_": "a.b.Far"}}
-    config["backbone"] = {"name": "swin"}
-    folder = run / "finetune" / tag
-    write_json(folder / "metrics.json", payload, config=config)
-    write_json(folder / "ranks.json", plan("uniform", [4] * 8))
-    rows = [{"epoch": i, "lr": 0.1, "train/loss": 2.0 - i, f"val/{metric}": val} for i in range(2)]
-    write_csv(folder / "curve.csv", rows)
 
 
 @pytest.fixture
@@ -104,10 +38,6 @@ def config(composed: Callable[..., DictConfig]) -> DictConfig:
 @pytest.fixture
 def run(config: DictConfig) -> Path:
     return Path(config.paths.runs) / "mine"
-
-
-def page(run: Path) -> str:
-    return (run / "report.html").read_text(encoding="utf-8")
 
 
 def images(text: str) -> list[bytes]:
@@ -196,6 +126,8 @@ def test_names_are_escaped(config: DictConfig, run: Path) -> None:
         ("measure/layers.json", "{", r"layers\.json is damaged .* stage=measure run=mine .*force=true"),
         ("measure/layers.json", '{"schema": 1}', r"layers\.json lacks layers: run .*stage=measure"),
         ("plan/plan.json", '{"schema": 0}', r"plan\.json has schema 0.*stage=plan"),
+        ("plan/plan.json", '{"schema": 1}', r"plan\.json lacks layers: run .*stage=plan"),
+        ("measure/layers.json", '{"schema": 1, "layers": [{"name": "a"}]}', r"layers\.json is damaged .*d_in"),
         ("align/curve.csv", "epoch,loss\n0,high\n", r"curve\.csv is damaged .*stage=align"),
         ("align/curve.csv", "epoch\n0\n", r"curve\.csv lacks loss: .*stage=align"),
         ("finetune/one/metrics.json", '{"schema": 1, "metric": "error"}', r"metrics\.json lacks task.*stage=finetune"),
@@ -255,28 +187,59 @@ def test_gallery_and_baselines_of_darcy(
 ) -> None:
     options = {"cache": str(tmp_path), "train": 6, "test": 5, "grid": 15, "stride": 2, "workers": 1, "batch_size": 5}
     finetune(run, "one", 0.25, "relative_l2", {"_target_": "orca_rank.data.darcy.Darcy", **options})
-    monkeypatch.setattr(report, "load", lambda folder, tag: FirstChannel())
+    monkeypatch.setattr(gallery, "load", lambda folder, tag: FirstChannel())
     config.data.cache = str(tmp_path)
     report.run(config)
     assert (run / "report/predictions.png").exists()
     assert "Solver on the coarse grid" in page(run) and "repeated to the fine grid" in page(run)
 
     data = Darcy(**options)
-    gallery = report._gallery(run, read_run(config).tunes[0], data)
+    shown = gallery.predictions(run, "one", data)
     x, _ = next(iter(data.test_dataloader()))
-    assert gallery.inputs.shape == (4, 8, 8) and set(np.unique(gallery.inputs)) <= {3.0, 12.0}
-    assert np.array_equal(gallery.predictions, x[:4, 0].numpy() + 1)
-    assert np.array_equal(gallery.targets, data.arrays("test").solution[:4])
+    assert shown.inputs.shape == (4, 8, 8) and set(np.unique(shown.inputs)) <= {3.0, 12.0}
+    assert np.array_equal(shown.predictions, x[:4, 0].numpy() + 1)
+    assert np.array_equal(shown.targets, data.arrays("test").solution[:4])
+    found = gallery.baselines(data)
+    assert len(found) == 2 and all(0 < value < 1 for value in found.values())
+    errors = ", ".join(map(cell, shown.metric))
+    assert (
+        "The first 4 test samples, predicted by one (the best on validation). Target and prediction share a colour "
+        f"scale in each row; relative L2 errors: {errors}."
+    ) in page(run)
 
-    monkeypatch.setattr(report, "classical_baseline", lambda *_: pytest.fail("computed again"))
-    again = report._baselines(config, run / "report/baseline.json", data)  # read back
-    assert len(again) == 2 and all(0 < value < 1 for value in again.values())
+
+def test_predictions_and_baselines_are_made_once(
+    config: DictConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"cache": str(tmp_path), "train": 6, "test": 5, "grid": 15, "stride": 2, "workers": 1, "batch_size": 5}
+    data = {"_target_": "orca_rank.data.darcy.Darcy", **options}
+    finetune(run, "one", 0.25, "relative_l2", data)
+    monkeypatch.setattr(gallery, "load", lambda folder, tag: FirstChannel())
+    config.data.cache = str(tmp_path)
+    report.run(config)
+    first = page(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery, "test_data", lambda *_: pytest.fail("the data were loaded again"))
+        report.run(config)
+        assert page(run) == first
+
+    finetune(run, "one", 0.125, "relative_l2", data)  # another fine-tune: other predictions, the same baselines
+    monkeypatch.setattr(gallery, "classical_baseline", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(FirstChannel, "model", staticmethod(lambda x: x[:, :1]))
+    report.run(config)
+    assert images(page(run))[-1] != images(first)[-1]
+
+    finetune(run.parent / "other", "one", 0.125, "relative_l2", data)  # and so in another run
+    config.run = "other"
+    report.run(config)
+    assert "Solver on the coarse grid" in page(run.parent / "other")
 
 
-def test_summary_of_full_fine_tuning_has_no_plan(config: DictConfig, run: Path) -> None:
+def test_summary_of_full_fine_tuning_has_no_plan(run: Path) -> None:
     finetune(run, "full", 0.25)
     (run / "finetune/full/ranks.json").unlink()
-    (row,) = summary(read_run(config).tunes)
+    (row,) = summary(read_run(run, "run=mine").tunes)
     assert (row["rule"], row["budget"], row["mean_rank"]) == ("", "", "")
 
 

@@ -1,108 +1,96 @@
-"""Figures of a run: plain data in, a matplotlib Figure out; nothing is read, shown or saved here.
-
-Figures are made without pyplot, so there is no global state and nothing to close. Colours are Okabe and Ito's, which
-remain distinct to colour-blind readers. Figures of many layers are in `orca_rank.layer_plots`.
-"""
+"""Figures of a run: plain data in, a matplotlib Figure out; nothing is read, shown or saved here."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-GREY, INK = "#8a8f98", "#24292f"
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
-STYLE = {
-    "font.size": 9.5,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.6,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
-Number = float
-_UPPER = ("l2", "mmd", "otdd")
-_NUMBERED = 12  # fine-tunes named in a legend; more are named by their number alone
+from orca_rank.report.canvas import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    INK,
+    LETTER,
+    ORANGE,
+    PAGE,
+    Number,
+    grid,
+    sheet,
+    styled,
+    words,
+)
+from orca_rank.report.results import Interval
+
+NUMBERED = 12  # marks with a number and a name in a legend; more have neither
 
 
-def styled() -> Any:
-    """The look of all figures, as a context manager or a decorator."""
-    return matplotlib.rc_context(STYLE)
+class Gallery(NamedTuple):
+    """Test samples of a dense task: inputs (n, h, w), targets and predictions (n, h', w'), metric (n,), a title."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    predictions: np.ndarray
+    metric: list[float]
+    input_label: str
 
 
-def png(figure: Figure, dpi: int = 150) -> bytes:
-    """The figure as PNG bytes, the same for the same data."""
-    stream = io.BytesIO()
-    with styled():
-        figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    return stream.getvalue()
+@dataclass(frozen=True)
+class Point:
+    """A mark of `comparison_figure`: its name in the legend, the kind that colours it, where it stands."""
+
+    name: str
+    kind: str
+    parameters: float
+    value: Interval
 
 
 @styled()
 def alignment_figure(
-    curve: Sequence[Mapping[str, Number]], distances: Mapping[str, Mapping[str, Any]], objective: str = "distance"
+    curve: Sequence[Mapping[str, Number]], distances: Mapping[str, tuple[Interval, Interval]], objective: str
 ) -> Figure:
     """The alignment's objective per epoch, and distances on held-out data before and after.
 
     Args:
         curve: rows with `epoch` and `loss`, and `lr` where it is known.
-        distances: name -> {"before": {"value", "low", "high"}, "after": the same}; may be empty.
+        distances: name -> (before, after); may be empty.
         objective: what `loss` is, for the axis.
     """
-    shapes = [1.9, *[1.0] * len(distances)] if curve else [1.0] * len(distances)
-    figure = Figure(figsize=(min(11.0, 2.9 * sum(shapes)), 3.1), layout="constrained")
-    axes = list(figure.subplots(1, len(shapes), width_ratios=shapes, squeeze=False)[0])
+    shares, room = [*([2.4] if curve else []), *[1.0] * len(distances)], PAGE - 0.95 + 0.75
+    wide = min(1.9, (room - 0.75 * len(shares)) / sum(shares))
+    figure, (axes,) = grid([wide * share for share in shares], [2.3], across=0.75)
     if curve:
         axis = axes.pop(0)
-        epochs = [row["epoch"] for row in curve]
-        axis.plot(epochs, [row["loss"] for row in curve], color=BLUE, marker="o", markersize=3)
-        pairs = pairwise(curve)
-        steps = [row["epoch"] - 0.5 for before, row in pairs if row.get("lr") != before.get("lr")]
+        axis.plot([row["epoch"] for row in curve], [row["loss"] for row in curve], color=BLUE, marker="o", markersize=3)
+        steps = [row["epoch"] - 0.5 for before, row in pairwise(curve) if row.get("lr") != before.get("lr")]
         for step in steps:
             axis.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
         note = " (dotted: the learning rate changes)" if steps else ""
         axis.set(xlabel=f"epoch{note}", ylabel=objective, title="objective in training")
         _whole_epochs(axis)
     for axis, (name, pair) in zip(axes, distances.items(), strict=True):
-        for place, (when, colour) in enumerate((("before", GREY), ("after", BLUE))):
-            _interval(axis, place, pair[when], colour)
+        for place, (one, colour) in enumerate(zip(pair, (GREY, BLUE), strict=True)):
+            _interval(axis, place, one, colour)
         axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set(xlim=(-0.5, 1.9), ylabel=name, title="held-out data")
+        axis.set(xlim=(-0.4, 1.9), ylabel=name, title="held-out data")
         axis.set_xticks([0, 1], ["before", "after"])
         axis.margins(y=0.15)
     return figure
 
 
-def _interval(axis: Axes, x: Number, estimate: Mapping[str, Any], colour: str) -> None:
-    value = estimate["value"]
-    if estimate.get("low") is not None and estimate.get("high") is not None:
-        axis.plot([x, x], [estimate["low"], estimate["high"]], color=colour, linewidth=2.2, alpha=0.55)
-    axis.plot([x], [value], marker="o", markersize=7, color=colour, linestyle="none")
-    axis.annotate(f"{value:.3g}", (x, value), xytext=(8, 0), textcoords="offset points", va="center")
+def _interval(axis: Axes, x: Number, estimate: Interval, colour: str) -> None:
+    if estimate.low is not None and estimate.high is not None:
+        axis.plot([x, x], [estimate.low, estimate.high], color=colour, linewidth=2.2, alpha=0.55)
+    axis.plot([x], [estimate.value], marker="o", markersize=7, color=colour, linestyle="none")
+    axis.annotate(f"{estimate.value:.3g}", (x, estimate.value), xytext=(8, 0), textcoords="offset points", va="center")
 
 
 @styled()
@@ -113,8 +101,8 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric
         curves: tag -> rows with `epoch`, `train/loss` and `val/<metric>`; a missing value is left out.
         metric: its name, as in the rows. unit: for the axis.
     """
-    figure = Figure(figsize=(10.5, 3.7), layout="constrained")
-    panels = figure.subplots(1, 2)
+    named = len(curves) <= NUMBERED
+    figure, (panels,) = grid([4.45, 4.45], [2.6], across=0.95, right=0.25, bottom=_legend_room(len(curves)))
     for axis, column, label in zip(
         panels, ("train/loss", f"val/{metric}"), ("training loss", _label(metric, unit)), strict=True
     ):
@@ -125,8 +113,10 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric
                 continue
             x, y = zip(*points, strict=True)
             values += y
-            axis.plot(x, y, label=f"{number + 1}  {tag}", **_line(number))
-            axis.annotate(str(number + 1), (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center")
+            style = _line(number) | ({"marker": "o", "markersize": 4} if len(points) == 1 else {})
+            axis.plot(x, y, label=f"{number + 1}  {tag}", **style, alpha=1.0 if named else 0.5)
+            if named:
+                axis.annotate(str(number + 1), (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center")
         axis.set(xlabel="epoch", ylabel=label, title="training" if column == "train/loss" else "validation")
         _log_if_wide(axis, values)
         _whole_epochs(axis)
@@ -135,45 +125,41 @@ def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric
 
 
 @styled()
-def comparison_figure(
-    rows: Sequence[Mapping[str, Any]], metric: str, unit: str, baselines: Mapping[str, Number]
-) -> Figure:
-    """Test metric against trainable parameters, one point a fine-tune, numbered as `rows` are.
+def comparison_figure(points: Sequence[Point], metric: str, unit: str, baselines: Mapping[str, Number]) -> Figure:
+    """Test metric against trainable parameters, one mark a point, numbered in their order.
 
     Args:
-        rows: with `tag`, `adapter`, `trainable_total` and `test`.
-        metric, unit: for the axis. baselines: name -> value, dashed lines.
+        points: fine-tunes, or means over seeds. metric, unit: for the axis. baselines: name -> value, dashed lines.
     """
-    figure = Figure(figsize=(10.5, 4.0), layout="constrained")
-    axis = figure.subplots()
-    adapters = list(dict.fromkeys(row["adapter"] for row in rows))
-    markers = "osD^vPX"
-    for number, row in enumerate(rows):
-        kind = adapters.index(row["adapter"])
-        axis.plot(
-            [row["trainable_total"]],
-            [row["test"]],
-            marker=markers[kind % len(markers)],
-            color=COLOURS[kind % len(COLOURS)],
-            markersize=8,
-            linestyle="none",
-            label=f"{number + 1}  {row['tag']}",
-        )
-        place = (row["trainable_total"], row["test"])
-        axis.annotate(str(number + 1), place, xytext=(6, 5), textcoords="offset points")
+    figure, ((axis,),) = grid([9.9], [2.8], right=0.2, bottom=_legend_room(len(points)))
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    for number, point in enumerate(points):
+        kind = kinds.index(point.kind)
+        colour = COLOURS[kind % len(COLOURS)]
+        place = (point.parameters, point.value.value)
+        if point.value.low is not None and point.value.high is not None:
+            axis.plot([place[0]] * 2, [point.value.low, point.value.high], color=colour, linewidth=1.8, alpha=0.55)
+        marker = "osD^vPX"[kind % 7]
+        label = f"{number + 1}  {point.name}"
+        axis.plot([place[0]], [place[1]], marker, color=colour, markersize=8, label=label)
+        if len(points) <= NUMBERED:
+            axis.annotate(str(number + 1), place, xytext=(6, 5), textcoords="offset points")
     _baselines(axis, baselines)
-    sizes = [row["trainable_total"] for row in rows]
-    if min(sizes) > 0 and max(sizes) > 5 * min(sizes):
+    sizes = sorted({point.parameters for point in points})
+    if sizes[0] > 0 and sizes[-1] > 5 * sizes[0]:
         axis.set_xscale("log")
+    elif len(sizes) == 1:
+        axis.set_xticks(sizes, [f"{sizes[0]:,.0f}"])
     else:
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.xaxis.set_major_locator(MaxNLocator(6))
     axis.set(xlabel="trainable parameters", ylabel=f"test {_label(metric, unit)}")
     axis.margins(x=0.12, y=0.18)
-    _log_if_wide(axis, [row["test"] for row in rows] + list(baselines.values()))
+    values = [point.value.value for point in points]
+    _log_if_wide(axis, values + list(baselines.values()))
     if axis.get_yscale() == "linear":
-        axis.set_ylim(bottom=min(0.0, *(row["test"] for row in rows)))
-    _legend(figure, axis, len(rows))
+        axis.set_ylim(bottom=min(0.0, *values))
+    _legend(figure, axis, len(points))
     return figure
 
 
@@ -184,23 +170,24 @@ def parts_figure(parts: Mapping[str, Mapping[str, int]]) -> Figure:
     Args:
         parts: row -> {"adapter", "embedder", "predictor", "other"} in parameters.
     """
-    figure = Figure(figsize=(10.5, 0.9 + 0.42 * len(parts)), layout="constrained")
-    axis = figure.subplots()
+    left = 0.3 + LETTER * max(len(row) for row in parts)
+    figure, ((axis,),) = grid([max(5.0, PAGE - 0.15 - left)], [0.36 * len(parts)], left=left, top=0.4)
     names = ("adapter", "embedder", "predictor", "other")
-    left = np.zeros(len(parts))
+    start = np.zeros(len(parts))
     for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY), strict=True):
         width = np.array([float(row.get(name, 0)) for row in parts.values()])
         if width.any():
-            axis.barh(list(parts), width, left=left, color=colour, label=name, height=0.62)
-        left += width
-    for place, total in enumerate(left):
+            axis.barh(list(parts), width, left=start, color=colour, label=name, height=0.62)
+        start += width
+    for place, total in enumerate(start):
         axis.annotate(f"{int(total):,}", (total, place), xytext=(5, 0), textcoords="offset points", va="center")
-    axis.invert_yaxis()
+    axis.set_yticks(range(len(parts)), list(parts))
+    axis.set_ylim(len(parts) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.set(xlabel="trainable parameters", xlim=(0, max(1.0, 1.14 * left.max())))
-    figure.legend(loc="outside upper center", ncols=len(names))
+    axis.set(xlabel="trainable parameters", xlim=(0, max(1.0, 1.14 * start.max())))
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), borderaxespad=0.2)
     return figure
 
 
@@ -218,34 +205,36 @@ def gallery_figure(
         inputs: what the network sees, one channel. targets, predictions: in physical units.
         errors: metric of every sample. input_label: title of the first column.
     """
-    count = len(inputs)
-    figure = Figure(figsize=(10.5, 2.35 * count + 0.3), layout="constrained")
-    panels = figure.subplots(count, 4, squeeze=False)
-    for row, error, x, y, guess in zip(panels, errors, inputs, targets, predictions, strict=True):
+    wide, bar, tall = 2.0, 0.62, 2.0 * targets.shape[1] / targets.shape[2]
+    left = [0.1 + column * (wide + bar + 0.1) for column in range(4)]
+    figure, axis = sheet(left[3] + wide + bar + 0.1, 0.3 + len(inputs) * (tall + 0.3))
+    for x, title in zip(left, (input_label, "target", "prediction", "prediction − target"), strict=True):
+        axis.text(x, 0.2, title, fontsize=10, fontweight="bold")
+    for number, (error, x, y, guess) in enumerate(zip(errors, inputs, targets, predictions, strict=True)):
+        top = 0.3 + number * (tall + 0.3)
         low, high = float(min(y.min(), guess.min())), float(max(y.max(), guess.max()))
         limit = float(np.abs(guess - y).max()) or 1.0
-        images = [
-            row[0].imshow(x, cmap="Greys"),
-            row[1].imshow(y, cmap="viridis", vmin=low, vmax=high),
-            row[2].imshow(guess, cmap="viridis", vmin=low, vmax=high),
-            row[3].imshow(guess - y, cmap="RdBu_r", vmin=-limit, vmax=limit),
-        ]
-        for axis, image in zip(row, images, strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            axis.spines[:].set_visible(False)
-            bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
-            bar.ax.tick_params(labelsize=7)
-            bar.outline.set_visible(False)
-        row[3].set_xlabel(f"relative L2 {error:.3f}")
-    for axis, title in zip(panels[0], (input_label, "target", "prediction", "prediction − target"), strict=True):
-        axis.set_title(title)
+        for place, field, colours, ends in (
+            (left[0], x, "Greys", (float(x.min()), float(x.max()))),
+            (left[1], y, "viridis", (low, high)),
+            (left[2], guess, "viridis", (low, high)),
+            (left[3], guess - y, "RdBu_r", (-limit, limit)),
+        ):
+            box = (place, place + wide, top + tall, top)
+            axis.imshow(field, colours, vmin=ends[0], vmax=ends[1], extent=box, aspect="auto")
+            _colour_bar(axis, place + wide + 0.05, top, tall, colours, ends)
+        axis.text(left[3] + wide / 2, top + tall + 0.17, f"relative L2 {error:.3f}", ha="center")
+    axis.set(xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
     return figure
 
 
-def words(name: str) -> str:
-    """A metric's name as a reader writes it: relative_l2 -> relative L2."""
-    return " ".join(part.upper() if part in _UPPER else part for part in name.replace("_", " ").split())
+def _colour_bar(axis: Axes, x: Number, top: Number, tall: Number, colours: str, ends: tuple[Number, Number]) -> None:
+    """A strip of all colours with the values at its ends."""
+    strip = np.linspace(ends[1], ends[0], 128)[:, None]
+    axis.imshow(strip, colours, vmin=ends[0], vmax=ends[1], extent=(x, x + 0.08, top + tall, top), aspect="auto")
+    for y, value, side in ((top, ends[1], "top"), (top + tall, ends[0], "bottom")):
+        near_zero = abs(value) < 1e-3 * (ends[1] - ends[0])
+        axis.text(x + 0.11, y, "0" if near_zero else f"{value:.2g}", fontsize=7.5, va=side)
 
 
 def _label(metric: str, unit: str) -> str:
@@ -267,10 +256,15 @@ def _baselines(axis: Axes, baselines: Mapping[str, Number]) -> None:
         )  # fmt: skip
 
 
+def _legend_room(count: int) -> Number:
+    """Inches below the axes for their labels and a legend of so many entries in two columns."""
+    return 0.6 + (0.19 * -(-count // 2) if count <= NUMBERED else 0.0)
+
+
 def _legend(figure: Figure, axis: Axes, count: int) -> None:
-    if count <= _NUMBERED:
+    if count <= NUMBERED:
         handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=2)
+        figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.06, 0), ncols=2, borderaxespad=0.1)
 
 
 def _log_if_wide(axis: Axes, values: Sequence[Number]) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from orca_rank.report.figures import png
-
-_WIDE = 11.6  # inches; wider figures scroll sideways instead of shrinking
+from orca_rank.report.canvas import PAGE, png
 
 
 def cell(value: Any) -> str:
@@ -64,15 +62,15 @@ class Page:
         """Small boxes: label, large value, explanation."""
         self._add("cards", cards=cards)
 
-    def missing(self, items: Sequence[tuple[str, str]]) -> None:
-        """What is not there, each with the command that makes it."""
-        self._add("missing", missing=items)
+    def missing(self, items: Sequence[tuple[str, str]], more: int = 0) -> None:
+        """What is not there, each with the command that makes it, and how many more are not."""
+        self._add("missing", missing=items, more=more)
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """A figure with its caption; its PNG is kept in `images` under this name."""
         self.images[name] = png(figure)
         inches = float(figure.get_size_inches()[0])
-        self._add("figure", name=name, caption=caption, wide=inches > _WIDE, width=round(96 * inches))
+        self._add("figure", name=name, caption=caption, wide=inches > PAGE + 0.1, width=round(96 * inches))
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "", folded: str = "") -> None:
         """A table whose columns are the names in the rows; numbers stand right.

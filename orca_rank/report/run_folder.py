@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import csv
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import DictConfig
-
-from orca_rank.artifacts.command import command as same_command
+from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.provenance import check_inputs
-from orca_rank.task import Task
+from orca_rank.ranks import RankPlan
+from orca_rank.report.results import Alignment, Measurement, Planned, Rows, Tune
 
-Record = dict[str, Any]
-Rows = list[dict[str, float]]
-PARTS = ("adapter", "embedder", "predictor", "other")
-
-
-@dataclass
-class Tune:
-    """One finished fine-tune: its metrics.json, the plan it used (None without adapters) and its curve."""
-
-    tag: str
-    metrics: Record
-    plan: Record | None
-    curve: Rows
-
-    @property
-    def task(self) -> Task:
-        return Task.from_dict(self.metrics["task"])
-
-    @property
-    def metric(self) -> str:
-        return self.metrics["metric"]
-
-    @property
-    def val(self) -> float:
-        return float(self.metrics[f"val/{self.metric}"])
-
-    @property
-    def test(self) -> float:
-        return float(self.metrics[f"test/{self.metric}"])
+T = TypeVar("T")
 
 
 @dataclass
@@ -52,148 +23,116 @@ class RunFolder:
     """What a run folder holds; None or empty where a stage has not run.
 
     Attributes:
-        align, layers, plan: the payloads of align/metrics.json, measure/layers.json and plan/plan.json.
-        alignment: rows of align/curve.csv. compare: name -> measure/compare/<name>.json.
+        made_by: the arguments that choose this folder on the command line, e.g. "run=mine".
+        compare: measure/compare/<name>.json by name.
         tunes: the finished fine-tunes, best validation metric first within each metric.
         missing: (what is missing, the command that makes it). stale: one sentence per file whose inputs changed.
     """
 
     path: Path
-    align: Record | None = None
-    alignment: Rows = field(default_factory=list)
-    layers: Record | None = None
-    compare: dict[str, Record] = field(default_factory=dict)
-    plan: Record | None = None
+    made_by: str
+    align: Alignment | None = None
+    measured: Measurement | None = None
+    compare: dict[str, Measurement] = field(default_factory=dict)
+    plan: Planned | None = None
     tunes: list[Tune] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
-        return not (self.align or self.layers or self.plan or self.tunes)
+        return not (self.align or self.measured or self.plan or self.tunes)
+
+    def add(self, other: RunFolder) -> None:
+        """Take the fine-tunes of another run folder, with what is missing and stale there."""
+        self.tunes = sorted([*self.tunes, *other.tunes], key=_rank)
+        self.missing += other.missing
+        self.stale += other.stale
+
+    def command(self, stage: str, *options: str) -> str:
+        """The command that runs a stage in this run folder."""
+        return command(f"stage={stage} {self.made_by}", *options)
 
 
-def read_run(config: DictConfig) -> RunFolder:
-    """Read runs/<run>/.
+def read_run(path: Path, made_by: str) -> RunFolder:
+    """Read a run folder.
+
+    Args:
+        path: of the folder. made_by: the arguments that choose it on the command line, for the commands that mend it.
 
     Raises:
-        FileNotFoundError: if no stage has left anything there. ValueError: if a file is damaged or lacks a part.
+        ValueError: if a file is damaged or lacks a part.
     """
-    run = RunFolder(Path(config.paths.runs) / str(config.run))
-    run.align = _read(run, config, "align/metrics.json", "align", "the alignment", ("distances", "objective"))
-    run.alignment = _curve(run.path / "align/curve.csv", made_by(config, "align"), ("epoch", "loss"))
-    run.layers = _read(run, config, "measure/layers.json", "measure", "the gap of every layer", ("layers",))
-    for path in sorted((run.path / "measure/compare").glob("*.json")):
-        name = f"measure/compare/{path.name}"
-        run.compare[path.stem] = _read(run, config, name, "measure", path.stem, ("layers",)) or {}
-    parts = ("trainable_parameters", "total_parameters", "layers")
-    run.plan = _read(run, config, "plan/plan.json", "plan", "the rank plan and the parameter counts", parts)
-    for folder in sorted(path for path in (run.path / "finetune").glob("*") if path.is_dir()):
-        run.tunes += _tune(run, config, folder)
-    run.tunes.sort(key=lambda tune: (tune.metric, tune.val))
+    run = RunFolder(path, made_by)
+    curve = _curve(run, "align/curve.csv", "align", ("epoch", "loss"))
+    run.align = _read(
+        run, "align/metrics.json", "align", "the alignment", lambda found: Alignment.from_dict(found, curve)
+    )
+    run.measured = _read(run, "measure/layers.json", "measure", "the gap of every layer", Measurement.from_dict)
+    for file in sorted((path / "measure/compare").glob("*.json")):
+        other = _read(run, f"measure/compare/{file.name}", "measure", file.stem, Measurement.from_dict)
+        run.compare |= {file.stem: other} if other is not None else {}
+    what = "the rank plan and the parameter counts"
+    run.plan = _read(run, "plan/plan.json", "plan", what, Planned.from_dict)
+    read_tunes(run)
     if not run.tunes:
-        run.missing.append(("a finished fine-tune", command(config, "finetune")))
-    if run.empty:
-        raise FileNotFoundError(
-            f"{run.path} has nothing to report: run `{command(config, 'all')}` for every stage, or one of them first, "
-            f"such as `{command(config, 'measure')}`"
-        )
+        run.missing.append(("a finished fine-tune", run.command("finetune")))
     return run
 
 
-def made_by(config: DictConfig, stage: str) -> str:
-    """The arguments of the command that runs a stage in this run folder."""
-    runs = f" {shlex.quote(f'paths.runs={config.paths.runs}')}" if str(config.paths.runs) != "runs" else ""
-    return f"stage={stage} {shlex.quote(f'run={config.run}')}{runs}"
-
-
-def command(config: DictConfig, stage: str) -> str:
-    """The command that runs a stage in this run folder."""
-    return same_command(made_by(config, stage))
-
-
-def summary(tunes: Sequence[Tune]) -> list[Record]:
-    """The rows of summary.csv, one a fine-tune."""
-    rows = []
-    for tune in tunes:
-        config, plan, counts = tune.metrics["config"], tune.plan or {}, tune.metrics["trainable_parameters"]
-        ranks = list(plan.get("ranks", {}).values())
-        rows.append(
-            {
-                "tag": tune.tag,
-                "adapter": config.get("adapter", {}).get("name", ""),
-                "rule": plan.get("rule", ""),
-                "budget": budget_text(plan),
-                "mean_rank": round(sum(ranks) / len(ranks), 4) if ranks else "",
-                "seed": config.get("seed", ""),
-                "trainable_total": counts["total"],
-                **{f"trainable_{part}": counts.get(part, 0) for part in PARTS},
-                "total_parameters": tune.metrics["total_parameters"],
-                "metric": tune.metric,
-                "val": tune.val,
-                "test": tune.test,
-                "seconds": tune.metrics["seconds"],
-                "epochs": tune.metrics["epochs"],
-                "data": config.get("data", {}).get("_target_", ""),
-                "backbone": config.get("backbone", {}).get("name", ""),
-            }
+def read_tunes(run: RunFolder) -> RunFolder:
+    """Read finetune/*/ into `tunes`, what is unfinished into `missing`; errors as in `read_run`."""
+    for folder in sorted(path for path in (run.path / "finetune").glob("*") if path.is_dir()):
+        name = f"finetune/{folder.name}"
+        plan = None
+        if (folder / "ranks.json").exists():
+            plan = _read(run, f"{name}/ranks.json", "finetune", "its rank plan", RankPlan.from_dict)
+        make = partial(
+            Tune.from_dict, folder, plan=plan, curve=_curve(run, f"{name}/curve.csv", "finetune", ("epoch",))
         )
-    return rows
+        what = (
+            f"the result of the fine-tune {folder.name}, started but not finished (give the command the options it had)"
+        )
+        tune = _read(run, f"{name}/metrics.json", "finetune", what, make)
+        run.tunes += [tune] if tune is not None else []
+    run.tunes.sort(key=_rank)
+    return run
 
 
-def budget_text(plan: Mapping[str, Any]) -> str:
-    """What the rule could spend, as the option that said so; a uniform rank says itself."""
-    budget, options = plan.get("budget") or {}, plan.get("options") or {}
-    if options.get("r") is not None:
-        return f"r={options['r']}"
-    return " ".join(
-        f"{name}={budget[name]}" for name in ("mean_rank", "total_rank", "parameters") if budget.get(name) is not None
-    )
+def _rank(tune: Tune) -> tuple[str, float]:
+    return tune.metric, tune.val
 
 
-def _tune(run: RunFolder, config: DictConfig, folder: Path) -> list[Tune]:
-    tag, name = folder.name, f"finetune/{folder.name}"
-    what = f"the result of the fine-tune {tag}, started but not finished (give the command the options it had)"
-    keys = ("metric", "task", "trainable_parameters", "total_parameters", "seconds", "epochs")
-    metrics = _read(run, config, f"{name}/metrics.json", "finetune", what, keys)
-    if metrics is None:
-        return []
-    for split in ("val", "test"):
-        _require(folder / "metrics.json", metrics, (f"{split}/{metrics['metric']}",), made_by(config, "finetune"))
-    plan = None
-    if (folder / "ranks.json").exists():
-        plan = _read(run, config, f"{name}/ranks.json", "finetune", "its rank plan", ("rule", "ranks"))
-    return [Tune(tag, metrics, plan, _curve(folder / "curve.csv", made_by(config, "finetune"), ("epoch",)))]
-
-
-def _read(run: RunFolder, config: DictConfig, name: str, stage: str, what: str, keys: Sequence[str]) -> Record | None:
-    path = run.path / name
+def _read(run: RunFolder, name: str, stage: str, what: str, make: Callable[[Mapping[str, Any]], T]) -> T | None:
+    path, made = run.path / name, f"stage={stage} {run.made_by}"
     if not path.exists():
-        run.missing.append((what, command(config, stage)))
+        run.missing.append((what, run.command(stage)))
         return None
-    payload = read_json(path, made_by(config, stage))
-    _require(path, payload, keys, made_by(config, stage))
+    payload = read_json(path, made)
     try:
-        check_inputs(path, {"inputs": payload.get("inputs", {})}, made_by(config, stage))
+        value = make({"config": {}, **payload})
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}: run `{run.command(stage, 'force=true')}`") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run `{run.command(stage, 'force=true')}`") from error
+    try:
+        check_inputs(path, {"inputs": payload.get("inputs", {})}, made)
     except (FileNotFoundError, ValueError) as error:
         run.stale.append(str(error))
-    return payload
+    return value
 
 
-def _require(path: Path, payload: Mapping[str, Any], keys: Sequence[str], made: str) -> None:
-    if lacking := [key for key in keys if key not in payload]:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}: run `{same_command(made, 'force=true')}`")
-
-
-def _curve(path: Path, made: str, columns: Sequence[str]) -> Rows:
+def _curve(run: RunFolder, name: str, stage: str, columns: Sequence[str]) -> Rows:
     """Rows of a curve.csv as numbers, without empty cells; no rows where there is no file."""
+    path, again = run.path / name, f"run `{run.command(stage, 'force=true')}`"
     if not path.exists():
         return []
     try:
         with open(path, newline="") as stream:
-            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(stream)]
+            rows = [{column: float(cell) for column, cell in row.items() if cell} for row in csv.DictReader(stream)]
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `{same_command(made, 'force=true')}`") from error
+        raise ValueError(f"{path} is damaged ({error}): {again}") from error
     for row in rows:
-        _require(path, row, columns, made)
+        if lacking := [column for column in columns if column not in row]:
+            raise ValueError(f"{path} lacks {', '.join(lacking)}: {again}")
     return rows

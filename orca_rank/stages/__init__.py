@@ -1,16 +1,1 @@
 """The stages: each reads files of the run folder, does one job and writes files of the run folder."""
-
-import logging
-import warnings
-
-import lightning.pytorch  # noqa: F401 (its own import sets the level that the next line corrects)
-
-# Lightning's banners and hints say nothing that a user of these stages can act on.
-logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-for _message in (
-    "(Checkpoint|Experiment logs) directory .* exists and is not empty",
-    ".*does not have many workers",
-    ".*isinstance.treespec, LeafSpec.",
-    "The number of training batches",
-):
-    warnings.filterwarnings("ignore", message=_message)

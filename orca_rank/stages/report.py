@@ -1,174 +1,190 @@
-"""stage=report: everything in a run folder as one HTML file, PNGs and a CSV."""
+"""stage=report: everything in a run folder as one HTML file, PNGs and CSVs."""
 
 from __future__ import annotations
 
+import glob
+import importlib
 import json
-from collections.abc import Sequence
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
-from orca_rank.artifacts.provenance import differences, plain
-from orca_rank.data.darcy import Darcy, classical_baseline
-from orca_rank.data.module import InMemory
-from orca_rank.fitted import load
+from orca_rank.artifacts.files import atomic, file_hash, read_json, write_csv, write_json
+from orca_rank.artifacts.provenance import key, plain
 from orca_rank.report import sections
-from orca_rank.report.figures import gallery_figure, words
+from orca_rank.report.canvas import words
+from orca_rank.report.figures import Gallery
 from orca_rank.report.page import Page, cell
-from orca_rank.report.run_folder import RunFolder, Tune, made_by, read_run, summary
-from orca_rank.stages.setup import ready, stage_folder
+from orca_rank.report.results import Tune
+from orca_rank.report.run_folder import RunFolder, read_run, read_tunes
+from orca_rank.report.tables import means, summary
+from orca_rank.report.tune_sections import finetunes, predictions
 
 console = Console()
-_SAMPLES = 4
-
-
-class Gallery(NamedTuple):
-    """Test samples of a dense task: inputs (n, h, w), targets and predictions (n, h', w'), metric (n,), a title."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    predictions: np.ndarray
-    metric: list[float]
-    input_label: str
+_PRINTED = 40  # fine-tunes printed; the files have all
 
 
 def run(config: DictConfig) -> None:
-    """Write runs/<run>/report.html, report/*.png and summary.csv from what the other stages left there.
+    """Write runs/<run>/report.html, report/*.png, summary.csv and means.csv from what the other stages left there.
+
+    `report.runs` names further runs, whose fine-tunes stand in the same tables.
 
     Raises:
         FileNotFoundError: no stage has left anything. ValueError: a damaged or incomplete file; both name the command.
+            ValueError: a name in report.runs that is no run with fine-tunes.
     """
-    found = read_run(config)
-    folder = stage_folder(config, "report")
-    best = next((tune for tune in found.tunes if tune.task.kind == "dense"), None)
-    data = _test_data(config, best) if best is not None else None
-    baselines = _baselines(config, folder / "baseline.json", data) if isinstance(data, Darcy) else {}
+    path = Path(config.paths.runs) / str(config.run)
+    others = [RunFolder(other, _chosen(config, other)) for other in other_runs(path, config)]
+    found = read_run(path, _chosen(config, path))
+    for other in others:
+        found.add(read_tunes(other))
+    if found.empty:
+        raise FileNotFoundError(
+            f"{path} has nothing to report: run `{found.command('all')}` for every stage, or one of them first, "
+            f"such as `{found.command('measure')}`"
+        )
+    best = next((tune for tune in found.tunes if tune.task.kind == "dense" and tune.folder.parent.parent == path), None)
+    gallery, baselines = (None, {}) if best is None else _from_data(config, path, best)
 
-    page = Page(f"orca_rank: {config.run}", _lead(found))
+    page = Page(f"orca_rank: {config.run}", sections.lead(found))
     sections.overview(page, found)
     sections.alignment(page, found)
     sections.gaps(page, found)
     sections.spectra(page, found)
     sections.ranks(page, found)
     sections.parameters(page, found)
-    sections.finetunes(page, found, baselines)
-    if best is not None and data is not None:
-        _predictions(page, found, best, data)
+    finetunes(page, found.tunes, baselines)
+    if best is not None and gallery is not None:
+        predictions(page, best.tag, gallery)
+    _evidence(page, found)
     _options(page, found)
-    _write(page, found.path, folder)
-    rows = summary(found.tunes)
-    if rows:
-        write_csv(found.path / "summary.csv", rows)
-        _print(rows, baselines)
+    _write(page, path)
+    for name, rows in (("summary.csv", summary(found.tunes)), ("means.csv", means(found.tunes))):
+        if rows:
+            write_csv(path / name, rows)
+        else:
+            (path / name).unlink(missing_ok=True)
+    _print(found.tunes, baselines)
     for what, command in found.missing:
         console.print(f"not there yet: {what}: `{command}`", soft_wrap=True)
-    console.print(f"{len(page.images)} figures; open {found.path / 'report.html'}", soft_wrap=True)
+    console.print(f"{len(page.images)} figures; open {path / 'report.html'}", soft_wrap=True)
 
 
-def _lead(found: RunFolder) -> str:
-    config = next((x["config"] for x in (found.layers, found.align, *(t.metrics for t in found.tunes)) if x), {})
-    names = {part: config.get(part) or {} for part in ("data", "source", "backbone")}
-    words = [str(names["backbone"].get("name", ""))]
-    words += [f"{part} {str(names[part].get('_target_', '')).rpartition('.')[2]}" for part in ("source", "data")]
-    words[1] += f" {names['source']['file']}" if "file" in names["source"] else ""
-    return ", ".join(word for word in words if word.strip() and not word.endswith(" ")).replace("data ", "target ")
+def other_runs(own: Path, config: DictConfig) -> list[Path]:
+    """The run folders that report.runs names, by name or pattern below paths.runs, without the run's own.
+
+    Raises:
+        ValueError: for a name or pattern without a fine-tune.
+    """
+    named = plain(config.report.runs)
+    folders: dict[Path, None] = {}
+    for pattern in [named] if isinstance(named, str) else named:
+        fitting = sorted(Path(path) for path in glob.glob(str(Path(config.paths.runs) / str(pattern))))
+        fitting = [path for path in fitting if (path / "finetune").is_dir()]
+        if not fitting:
+            there = sorted(path.parent.name for path in Path(config.paths.runs).glob("*/finetune"))
+            raise ValueError(
+                f"report.runs={pattern}: no run with fine-tunes in {config.paths.runs} has this name; there are "
+                f"{', '.join(there) or 'none'}"
+            )
+        folders |= dict.fromkeys(fitting)
+    return [path for path in folders if path != own]
 
 
-def _test_data(config: DictConfig, tune: Tune) -> L.LightningDataModule | None:
-    """The data that the fine-tune was trained on, with this run's folders; None, and said so, if it cannot be had."""
-    node = dict(tune.metrics["config"]["data"])
-    now = plain(config.data)
+def _chosen(config: DictConfig, path: Path) -> str:
+    """The arguments that choose a run folder."""
+    runs = str(config.paths.runs)
+    name = f"run={os.path.relpath(path, runs)}"
+    return shlex.join([name] if runs == "runs" else [name, f"paths.runs={runs}"])
+
+
+def _from_data(config: DictConfig, path: Path, tune: Tune) -> tuple[Gallery | None, dict[str, float]]:
+    """What needs the data that a fine-tune was trained on, with this run's folders: predictions on test samples, and
+    classical solvers to compare with. Both are made once and kept; None or empty, and said so, where they cannot be."""
+    node, now = dict(tune.config["data"]), plain(config.data)
     node |= {name: now[name] for name in ("root", "cache") if name in node and name in now}
+    kept = path / "report" / "predictions.npz"
+    state = file_hash(tune.folder / "metrics.json")
+    sampled = {name: value for name, value in node.items() if name not in ("seed", "batch_size")}
+    known = Path(config.paths.cache) / "baselines" / f"{key(sampled)}.json"
+    gallery = None if config.force else _kept_gallery(kept, state)
+    baselines = None if config.force or not known.exists() else read_json(known, "stage=report")["relative_l2"]
+    if gallery is not None and baselines is not None:
+        return gallery, baselines
     try:
-        return ready(node, "test")
-    except (ValueError, OSError) as error:
+        # Lightning and timm take seconds to import.
+        heavy = importlib.import_module("orca_rank.stages.gallery")
+        data = heavy.test_data(node)
+        if baselines is None:
+            baselines = heavy.baselines(data)
+            write_json(known, {"relative_l2": baselines}, config=node)
+        if gallery is None:
+            gallery = heavy.predictions(path, tune.tag, data)
+            with atomic(kept) as temporary, open(temporary, "wb") as stream:
+                np.savez(stream, state=state, **gallery._asdict())
+    except (ValueError, OSError, RuntimeError) as error:
         console.print(f"no gallery of predictions: {error}", soft_wrap=True)
+    return gallery, baselines or {}
+
+
+def _kept_gallery(path: Path, state: str) -> Gallery | None:
+    """What an earlier report kept, if it is of the same fine-tune."""
+    if not path.exists():
         return None
+    with np.load(path) as kept:
+        if str(kept["state"]) != state:
+            return None
+        fields = (kept["inputs"], kept["targets"], kept["predictions"])
+        return Gallery(*fields, kept["metric"].tolist(), str(kept["input_label"]))
 
 
-def _baselines(config: DictConfig, path: Path, data: Darcy) -> dict[str, float]:
-    """Relative L2 of a classical solver that sees what the network sees; computed once."""
-    made_from = {name: getattr(data, name) for name in ("source", "mode", "grid", "stride", "test", "test_limit")}
-    made_from |= {"data_seed": data.data_seed, "files": list(data.files)}
-    if path.exists() and not config.force:
-        stored = read_json(path, made_by(config, "report"))
-        if not differences(stored["config"], made_from):
-            return stored["relative_l2"]
-    values = {"solver on the coarse grid": classical_baseline(data)}
-    if data.stride > 1 and data.mode == "fno":
-        values["solver on the input repeated to the fine grid"] = classical_baseline(data, True)
-    write_json(path, {"relative_l2": values}, config=made_from)
-    return values
-
-
-def _predictions(page: Page, found: RunFolder, best: Tune, data: L.LightningDataModule) -> None:
-    try:
-        gallery = _gallery(found.path, best, data)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        console.print(f"no gallery of predictions: {error}", soft_wrap=True)
-        return
-    page.section("predictions", "Predictions")
-    page.figure(
-        "predictions",
-        gallery_figure(*gallery),
-        f"The first {len(gallery.metric)} test samples, predicted by {best.tag} (the best on validation). Target and "
-        f"prediction share a colour scale in each row; relative L2 errors: {', '.join(map(cell, gallery.metric))}.",
-    )
-
-
-@torch.inference_mode()
-def _gallery(run_folder: Path, tune: Tune, data: L.LightningDataModule) -> Gallery:
-    fitted = load(run_folder, tune.tag)
-    x, y = next(iter(data.test_dataloader()))
-    x, y = x[:_SAMPLES], y[:_SAMPLES]
-    raw = fitted.model(x)
-    shown, label = x, "input, channel 1 (normalised)"
-    if isinstance(data, InMemory):
-        shown, label = data.parts.test[0][: len(x)], "input, channel 1" if x.shape[1] > 1 else "input"
-    if isinstance(data, Darcy):
-        label = "coefficient a"
-    metric = fitted.task.metric(raw, y).tolist()
-    fields = (shown, y, fitted.task.decode(raw))
-    return Gallery(*(field[:, 0].float().numpy() for field in fields), metric, label)
+def _evidence(page: Page, found: RunFolder) -> None:
+    """The verdicts of stage=evidence, where it has left any."""
+    folder = found.path / "evidence"
+    if (folder / "claims.json").exists():
+        # Its statistics take a second to import.
+        claims = importlib.import_module("orca_rank.report.claims")
+        claims.evidence(page, *claims.read_evidence(folder, f"stage=evidence {found.made_by}"))
 
 
 def _options(page: Page, found: RunFolder) -> None:
     page.section("options", "Options")
     if found.tunes:
-        text = json.dumps(found.tunes[0].metrics["config"], indent=1)
-        page.folded(f"Every option of {found.tunes[0].tag}", text)
-    elif config := (found.layers or found.align or found.plan or {}).get("config"):
-        page.folded("Every option", json.dumps(config, indent=1))
+        page.folded(f"Every option of {found.tunes[0].tag}", json.dumps(found.tunes[0].config, indent=1))
+    elif one := next((one for one in (found.measured, found.align, found.plan) if one is not None), None):
+        page.folded("Every option", json.dumps(one.config, indent=1))
 
 
-def _write(page: Page, run_folder: Path, folder: Path) -> None:
+def _write(page: Page, path: Path) -> None:
+    folder = path / "report"
     for name, data in page.images.items():
         with atomic(folder / f"{name}.png") as temporary:
             temporary.write_bytes(data)
     for old in folder.glob("*.png"):
         if old.stem not in page.images:
             old.unlink()
-    with atomic(run_folder / "report.html") as temporary:
+    with atomic(path / "report.html") as temporary:
         temporary.write_text(page.html(), encoding="utf-8")
 
 
-def _print(rows: Sequence[dict[str, Any]], baselines: dict[str, float]) -> None:
-    metrics = {row["metric"] for row in rows}
-    several = ["metric"] if len(metrics) > 1 else []
-    table = Table(title="" if several else words(next(iter(metrics))), title_justify="left")
+def _print(tunes: Sequence[Tune], baselines: Mapping[str, float]) -> None:
+    if not tunes:
+        return
+    several = ["metric"] if len({tune.metric for tune in tunes}) > 1 else []
+    table = Table(title="" if several else words(tunes[0].metric), title_justify="left")
     for name in ("fine-tune", "trained", *several, "val", "test", "seconds"):
         table.add_column(name, justify="left" if name in ("fine-tune", "metric") else "right", overflow="fold")
-    for row in rows:
-        table.add_row(
-            row["tag"], *(cell(row[name]) for name in ("trainable_total", *several, "val", "test", "seconds"))
-        )
+    for tune in tunes[:_PRINTED]:
+        metric = [tune.metric] if several else []
+        table.add_row(tune.tag, *map(cell, (tune.counts.trained, *metric, tune.val, tune.test, tune.seconds)))
     console.print(table)
+    if len(tunes) > _PRINTED:
+        console.print(f"the best {_PRINTED} of {len(tunes)}; all are in summary.csv")
     for name, value in baselines.items():
         console.print(f"for comparison, {name}: relative L2 {cell(value)}", soft_wrap=True)

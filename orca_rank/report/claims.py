@@ -1,0 +1,115 @@
+"""The evidence as a section: what every claim comes to, in a table and a forest plot."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from orca_rank.artifacts.command import command
+from orca_rank.artifacts.files import read_json
+from orca_rank.evidence.protocol import Row
+from orca_rank.evidence.verdicts import MARGIN, Claim
+from orca_rank.report.canvas import BLUE, GREEN, GREY, INK, LETTER, PAGE, VERMILLION, grid, styled
+from orca_rank.report.page import Page, cell
+from orca_rank.report.sections import interval_text
+
+PER_CENT = "% of the error"  # the unit of a claim about a difference of errors
+_COLOURS = {"supported": GREEN, "refuted": VERMILLION, "equivalent": BLUE, "undecided": GREY}
+_LONGEST = 70  # letters of a claim beside the plot; the table has all
+
+
+def read_evidence(folder: Path, made_by: str) -> tuple[list[Claim], list[Row], list[str]]:
+    """The claims, runs and recommendations that stage=evidence left in claims.json and evidence.csv.
+
+    Raises:
+        FileNotFoundError: if claims.json is missing. ValueError: if a file is damaged or lacks a part.
+    """
+    payload = read_json(folder / "claims.json", made_by)
+    try:
+        claims = [Claim(**claim) for claim in payload["claims"]]
+        with open(folder / "evidence.csv", newline="") as stream:
+            rows = [Row.from_dict(row) for row in csv.DictReader(stream)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds damaged evidence ({error}): run `{command(made_by)}`") from error
+    return claims, rows, [str(answer) for answer in payload.get("recommended", ())]
+
+
+def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str] = ()) -> None:
+    """A table of all claims, and a forest plot of those that compare errors.
+
+    Args:
+        claims: in the order to show them. rows: of evidence.csv, the runs behind them. answers: what to do, a sentence
+            or two for every task.
+    """
+    tasks, seeds = (len({getattr(row, name) for row in rows}) for name in ("task", "seed"))
+    page.section("evidence", "Evidence")
+    for answer in answers:
+        page.text(answer)
+    page.table(
+        [
+            {
+                "claim": claim.claim,
+                "verdict": claim.verdict,
+                "estimate": cell(claim.estimate) if math.isfinite(claim.estimate) else "",
+                "95 % interval": interval_text(*_ends(claim)).strip(),
+                "unit": claim.unit,
+                "p": claim.p,
+                "fine-tunes": claim.runs,
+                "note": claim.note,
+            }
+            for claim in claims
+        ],
+        f"From {len(rows)} fine-tunes on {tasks} tasks with {seeds} seeds. p: of no difference, adjusted where several "
+        f"rules were asked at once",
+    )
+    compared = [claim for claim in claims if claim.unit == PER_CENT and math.isfinite(claim.estimate)]
+    if compared:
+        page.figure(
+            "evidence",
+            forest_figure(compared),
+            f"Difference of the test error in per cent of uniform's, with 95 % intervals; left of 0 the claim holds. "
+            f"Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on.",
+        )
+
+
+@styled()
+def forest_figure(claims: Sequence[Claim]) -> Figure:
+    """One line a claim: its estimate and interval in per cent, against 0 and the margin of equivalence.
+
+    Args:
+        claims: with finite estimates; an end of an interval that is not finite leaves the plot.
+    """
+    names = [claim.claim if len(claim.claim) <= _LONGEST else f"{claim.claim[: _LONGEST - 1]}…" for claim in claims]
+    left = 0.3 + 0.9 * LETTER * max(len(name) for name in names)
+    figure, ((axis,),) = grid([max(4.0, PAGE - 1.1 - left)], [0.3 * len(claims) + 0.2], left=left, right=1.1, top=0.4)
+    finite = [abs(value) for claim in claims for value in (claim.estimate, *_ends(claim)) if value is not None]
+    limit = 1.15 * max(2 * MARGIN, *finite)
+    axis.axvspan(-MARGIN, MARGIN, color="#e4e7eb", linewidth=0)
+    axis.axvline(0, color=INK, linewidth=1.0)
+    for place, claim in enumerate(claims):
+        colour = _COLOURS[claim.verdict]
+        low, high = _ends(claim)
+        for end, value in ((-limit, low), (limit, high)):
+            stop = end if value is None else value
+            axis.plot([claim.estimate, stop], [place, place], color=colour, linewidth=2.0, alpha=0.6)
+            if value is None:
+                axis.plot([end], [place], "<" if end < 0 else ">", color=colour, markersize=5, clip_on=False)
+        axis.plot([claim.estimate], [place], "o", color=colour, markersize=6)
+        axis.annotate(
+            claim.verdict, (1, place), xycoords=("axes fraction", "data"), xytext=(10, 0), textcoords="offset points",
+            va="center", color=colour,
+        )  # fmt: skip
+    axis.set(xlim=(-limit, limit), ylim=(len(claims) - 0.4, -0.6), xlabel="difference of the test error (%)")
+    axis.set_yticks(range(len(claims)), names)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def _ends(claim: Claim) -> tuple[float | None, float | None]:
+    low, high = (value if math.isfinite(value) else None for value in (claim.low, claim.high))
+    return low, high

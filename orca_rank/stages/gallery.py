@@ -1,0 +1,53 @@
+"""What the report needs a model or data for: predictions on test samples, and classical solvers to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+
+from orca_rank.build import build
+from orca_rank.data.darcy import Darcy, classical_baseline
+from orca_rank.data.module import InMemory
+from orca_rank.fitted import load
+from orca_rank.report.figures import Gallery
+
+_SAMPLES = 4
+
+
+def test_data(node: Mapping[str, Any]) -> LightningDataModule:
+    """The data of these options, ready to test."""
+    data = build(node)
+    data.prepare_data()
+    data.setup("test")
+    return data
+
+
+@torch.inference_mode()
+def predictions(run_folder: Path, tag: str, data: LightningDataModule) -> Gallery:
+    """The first test samples as a fine-tune predicts them."""
+    fitted = load(run_folder, tag)
+    x, y = next(iter(data.test_dataloader()))
+    x, y = x[:_SAMPLES], y[:_SAMPLES]
+    raw = fitted.model(x)
+    shown, label = x, "input, channel 1 (normalised)"
+    if isinstance(data, InMemory):
+        shown, label = data.parts.test[0][: len(x)], "input, channel 1" if x.shape[1] > 1 else "input"
+    if isinstance(data, Darcy):
+        label = "coefficient a"
+    metric = fitted.task.metric(raw, y).tolist()
+    inputs, targets, guesses = (field[:, 0].float().numpy() for field in (shown, y, fitted.task.decode(raw)))
+    return Gallery(inputs, targets, guesses, metric, label)
+
+
+def baselines(data: LightningDataModule) -> dict[str, float]:
+    """Relative L2 of classical solvers that see what the network sees, for data that have one."""
+    if not isinstance(data, Darcy):
+        return {}
+    values = {"solver on the coarse grid": classical_baseline(data)}
+    if data.stride > 1 and data.mode == "fno":
+        values["solver on the input repeated to the fine grid"] = classical_baseline(data, True)
+    return values

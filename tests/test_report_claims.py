@@ -1,0 +1,89 @@
+"""The evidence as a section: the table says what the claims say, the plot draws their intervals."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from run_folders import finetune, words
+
+from orca_rank.artifacts.files import write_csv, write_json
+from orca_rank.evidence.protocol import Row
+from orca_rank.evidence.verdicts import MARGIN, Claim
+from orca_rank.report.canvas import png
+from orca_rank.report.claims import forest_figure
+from orca_rank.stages import report
+
+CLAIMS = [
+    Claim("a beats uniform", "supported", -3.0, -4.5, -1.5, "% of the error", 0.01, 16, "well"),
+    Claim("b beats uniform", "undecided", 1.0, -3.0, 5.0, "% of the error", 0.5, 8),
+    Claim("rank grows", "undecided", float("nan"), float("nan"), float("nan"), "Kendall's τ", 1.0, 12),
+]
+ROW = Row("rules", "darcy", "uniform", 2, 0, 0, 0.1, 0.1, 0.5, 0.5, 100, 2.0)
+
+
+@pytest.fixture
+def config(composed: Callable[..., DictConfig]) -> DictConfig:
+    return composed("stage=report", "run=mine")
+
+
+def evidence(config: DictConfig) -> Path:
+    run = Path(config.paths.runs) / "mine"
+    finetune(run, "one", 0.25)
+    rows = [ROW, replace(ROW, seed=1), replace(ROW, task="digits")]
+    write_csv(run / "evidence/evidence.csv", [row.to_dict() for row in rows])
+    payload = {"claims": [claim.to_dict() for claim in CLAIMS], "recommended": ["darcy: rank hardly matters."]}
+    write_json(run / "evidence/claims.json", payload)
+    return run
+
+
+def test_the_section_says_what_the_claims_say(config: DictConfig) -> None:
+    run = evidence(config)
+    report.run(config)
+    found = words(run)
+    assert "darcy: rank hardly matters." in found
+    start = found.index(
+        "From 3 fine-tunes on 2 tasks with 2 seeds. p: of no difference, adjusted where several rules were asked at "
+        "once"
+    )
+    head = ["claim", "verdict", "estimate", "95 % interval", "unit", "p", "fine-tunes", "note"]
+    assert found[start + 1 : start + 9] == head
+    assert found[start + 9 : start + 17] == [
+        "a beats uniform", "supported", "-3", "[-4.5, -1.5]", "% of the error", "0.01", "16", "well",
+    ]  # fmt: skip
+    place = found.index("rank grows")
+    assert found[place : place + 5] == ["rank grows", "undecided", "Kendall's τ", "1", "12"]  # no figure, no interval
+    assert (
+        f"Difference of the test error in per cent of uniform's, with 95 % intervals; left of 0 the claim holds. "
+        f"Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on."
+    ) in found
+    assert (run / "report/evidence.png").exists()
+
+
+def test_the_plot_draws_estimates_intervals_and_the_margin() -> None:
+    endless = replace(CLAIMS[1], low=-float("inf"), high=float("inf"), claim="c" * 90)
+    figure = forest_figure([CLAIMS[0], endless])
+    axis = figure.axes[0]
+    marks = {line.get_marker(): line for line in axis.lines if line.get_marker() in ("<", ">")}
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"]
+    assert points == [(-3.0, 0), (1.0, 1)]
+    ends = [list(line.get_xdata()) for line in axis.lines if list(line.get_ydata()) == [0, 0]]
+    assert ends == [[-3.0, -4.5], [-3.0, -1.5]]
+    assert {marker: line.get_ydata()[0] for marker, line in marks.items()} == {"<": 1, ">": 1}
+    (band,) = axis.patches
+    assert (band.get_x(), band.get_width()) == (-MARGIN, 2 * MARGIN)
+    assert [text.get_text() for text in axis.texts] == ["supported", "undecided"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a beats uniform", "c" * 69 + "…"]
+    assert png(figure, 50).startswith(b"\x89PNG")
+
+
+def test_damaged_evidence_is_an_error_that_names_the_command(config: DictConfig) -> None:
+    run = evidence(config)
+    with open(run / "evidence/evidence.csv", "w", newline="") as stream:
+        csv.writer(stream).writerows([["task"], ["darcy"]])
+    with pytest.raises(ValueError, match=r"damaged evidence .*stage=evidence run=mine"):
+        report.run(config)
