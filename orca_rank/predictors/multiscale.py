@@ -39,18 +39,15 @@ class StageMeans(nn.Module):
     def __init__(self, stages: Stages, output_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.reads = spread(stages)
-        widths = [stages.widths[i] for i in self.reads]
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
-        self.fc = nn.Linear(sum(widths), output_shape[0])
+        self.fc = nn.Linear(sum(stages.widths[i] for i in self.reads), output_shape[0])
 
     def forward(self, maps: Sequence[Float[Tensor, "b _h _w _d"]]) -> Float[Tensor, "b classes"]:
-        means = [norm(x).mean((1, 2)) for norm, x in zip(self.norms, maps, strict=True)]  # (B, h, w, d) -> (B, d)
-        return self.fc(torch.cat(means, 1))
+        return self.fc(torch.cat([normalised(x).mean((1, 2)) for x in maps], 1))  # (B, h, w, d) each -> (B, classes)
 
 
 class Pyramid(nn.Module):
     """A field from every stage: y_S = P_S LN(x_S), y_i = P_i LN(x_i) + up(y_{i+1}), then from y_1 two 3×3 convolutions
-    with GELU, a linear map of every token to its f × f pixels, and one 3×3 convolution of the pixels.
+    with GELU and a linear map of every token to its f × f pixels.
 
     `up` is bilinear between cell centres. The convolutions repeat the border cell, the even continuation of a field
     given at cell centres, so that no value is invented outside. f is the smallest factor whose grid is not coarser than
@@ -66,23 +63,26 @@ class Pyramid(nn.Module):
         self.reads, self.grid = spread(stages), tuple(grid)
         tokens = [-(-pixels // stages.reductions[0]) for pixels in stages.image]
         self.factor = max(-(-n // k) for n, k in zip(grid, tokens, strict=True))
-        self.norms = nn.ModuleList(nn.LayerNorm(stages.widths[i]) for i in self.reads)
         self.laterals = nn.ModuleList(nn.Linear(stages.widths[i], width) for i in self.reads)
         self.mix = nn.Sequential(_conv(width, width), nn.GELU(), _conv(width, width), nn.GELU())
         self.unfold = nn.Conv2d(width, channels * self.factor**2, kernel_size=1)
-        self.smooth = _conv(channels, channels)
 
     def forward(self, maps: Sequence[Float[Tensor, "b _h _w _d"]]) -> Float[Tensor, "b c H W"]:
         sides = [
-            lateral(norm(x)).permute(0, 3, 1, 2)  # (B, h, w, d) -> (B, width, h, w)
-            for lateral, norm, x in zip(self.laterals, self.norms, maps, strict=True)
+            lateral(normalised(x)).permute(0, 3, 1, 2)  # (B, h, w, d) -> (B, width, h, w)
+            for lateral, x in zip(self.laterals, maps, strict=True)
         ]
         y = sides.pop()
         while sides:
             finer = sides.pop()
             y = finer + upsampled(y, finer)
-        y = self.smooth(F.pixel_shuffle(self.unfold(self.mix(y)), self.factor))  # (B, c, f h, f w)
+        y = F.pixel_shuffle(self.unfold(self.mix(y)), self.factor)  # (B, c, f h, f w)
         return y if y.shape[2:] == self.grid else F.interpolate(y, self.grid, mode="bilinear", antialias=True)
+
+
+def normalised(x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """LN: every token to mean 0 and variance 1. Its own scale and shift are left to the linear map that follows."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def _conv(d_in: int, d_out: int) -> nn.Conv2d:
@@ -92,7 +92,7 @@ def _conv(d_in: int, d_out: int) -> nn.Conv2d:
 def upsampled(y: Float[Tensor, "b d h w"], finer: Float[Tensor, "b d H W"]) -> Float[Tensor, "b d H W"]:
     """y at the places of a finer grid; where an odd grid was padded before it was halved, what lies outside is cut."""
     (h, w), (height, width) = y.shape[2:], finer.shape[2:]
-    ratio = -(-height // h)
-    if ratio > 1:
-        y = F.interpolate(y, (ratio * h, ratio * w), mode="bilinear")
+    rows, columns = -(-height // h), -(-width // w)
+    if max(rows, columns) > 1:
+        y = F.interpolate(y, (rows * h, columns * w), mode="bilinear")
     return y[:, :, :height, :width]
