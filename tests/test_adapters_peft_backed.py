@@ -7,6 +7,7 @@ from torch import nn
 from orca_rank.adapters import (
     NotExpressible,
     PeftAdapter,
+    Steps,
     adapter_state_dict,
     begin_step,
     end_step,
@@ -96,3 +97,36 @@ def test_refusals():
     with pytest.raises(ValueError, match="already"):
         inject(model, {"0": 2})
     assert inject(nn.Sequential(nn.Linear(4, 4)), {"0": 0}, PeftAdapter("dora")) == {}
+
+
+@pytest.mark.parametrize("steps", [3, 12, 300])
+def test_adalora_s_schedule_follows_the_run(steps):
+    model, found, _ = make("adalora", total_step=None, tinit=0.1, tfinal=0.3)
+    Steps(model).run_of(steps)
+    train(model, steps)
+    assert sum(int((layer.lora_E["default"] != 0).sum()) for layer in found.values()) <= 2
+    with pytest.raises(ValueError, match="train longer"):
+        Steps(model).run_of(2)
+
+
+def test_adalora_goes_on_as_if_nothing_had_happened():
+    """Its parameters, the optimiser and the state of the steps are all that a checkpoint needs."""
+    whole, _, _ = make("adalora")
+    train(whole, 12)
+    halves = [make("adalora")[0] for _ in range(2)]
+    states = [{}, {}, {}]
+    for model, first, last in ((halves[0], 0, 5), (halves[1], 5, 12)):
+        optimiser = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
+        steps = Steps(model)
+        if first:
+            model.load_state_dict(states[0])
+            optimiser.load_state_dict(states[1])
+            steps.load_state_dict(states[2])
+        for _ in range(first, last):
+            optimiser.zero_grad()
+            steps.begin()
+            (model(X).square().mean() + steps.extra_loss()).backward()
+            optimiser.step()
+            steps.end()
+        states = [model.state_dict(), optimiser.state_dict(), steps.state_dict()]
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in halves[1].state_dict().items())

@@ -20,6 +20,7 @@ from orca_rank.artifacts.files import write_json, write_tensors
 from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
 from orca_rank.stages import finetune, predict
+from orca_rank.training.finetune import FinetuneOptions
 
 TINY = (
     "stage=finetune",
@@ -98,11 +99,18 @@ def test_done_is_done_until_forced(composed: Callable[..., DictConfig], capsys: 
     assert (folder(config) / "metrics.json").stat().st_mtime_ns > written
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dylora"])
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ("lora", ["adapter.module.dropout=0.2"]),
+        ("dylora", ["adapter.module.dropout=0.2"]),
+        ("adalora", ["layers.qkv=fused", "adapter.module.target_r=1", "adapter.module.deltaT=1"]),
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_result(
-    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, adapter: str
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, adapter: str, options: list[str]
 ) -> None:
-    options = (*TINY, f"adapter={adapter}", "adapter.module.dropout=0.2", "finetune.epochs=4")
+    options = [*TINY, f"adapter={adapter}", *options, "finetune.epochs=4"]
     whole = composed(*options, "run=whole")
     finetune.run(whole)
 
@@ -218,3 +226,45 @@ def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], ad
         expected = [max(mean * i / np.mean(range(len(layers))), 0.01 * mean) for i in range(len(layers))]
         np.testing.assert_allclose([alphas[layer.name] for layer in layers], expected)
     load(folder(config).parents[1])
+
+
+def test_each_part_learns_at_its_own_rate(composed: Callable[..., DictConfig]) -> None:
+    """A rate that moves nothing leaves a part where it was."""
+    rates = {
+        "adapter": "finetune.optimizer.lr",
+        "embedder": "finetune.embedder_lr",
+        "predictor": "finetune.predictor_lr",
+    }
+    for part, option in rates.items():
+        chosen = {name: 1e-2 if name == option else 1e-30 for name in rates.values()}
+        config = composed(
+            *TINY, "finetune.epochs=1", f"finetune.tag={part}", "finetune.optimizer.weight_decay=0",
+            *(f"{name}={value}" for name, value in chosen.items()),
+        )  # fmt: skip
+        data = build(config.data)
+        before = finetune.build_model(config, data.task)
+        finetune.run(config)
+        saved = load_file(folder(config) / "model.safetensors")
+        moved = {
+            "embedder": not torch.equal(saved["embedder.proj.weight"], before.embedder.proj.weight),
+            "predictor": any(
+                not torch.equal(saved[f"predictor.{n}"], v) for n, v in before.predictor.named_parameters()
+            ),
+            "adapter": any(bool(v.abs().max() > 1e-20) for n, v in saved.items() if n.endswith("lora_B")),
+        }
+        assert moved == {name: name == part for name in rates}
+
+
+def test_the_learning_rate_grows_step_by_step_and_falls_to_zero() -> None:
+    options = FinetuneOptions(epochs=10, warmup=0.2)
+    factors = [options.course(100).factor(step) for step in range(101)]
+    assert factors[:20] == pytest.approx([(step + 1) / 21 for step in range(20)])
+    assert factors[20] == 1 and factors[60] == pytest.approx(0.5) and factors[100] == 0
+    same = FinetuneOptions(epochs=10, warmup=0.9, warmup_epochs=2)
+    assert [same.course(100).factor(step) for step in range(101)] == factors
+    cosine = FinetuneOptions(epochs=10, schedule="cosine", warmup=0).course(100)
+    assert [cosine.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    constant = FinetuneOptions(epochs=10, schedule="constant", warmup=0).course(100)
+    assert {constant.factor(step) for step in range(101)} == {1.0}
+    decay = FinetuneOptions(epochs=10, schedule="wsd", warmup=0, decay=0.5).course(100)
+    assert [decay.factor(step) for step in (0, 50, 75, 100)] == pytest.approx([1, 1, 0.5, 0])

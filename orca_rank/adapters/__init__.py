@@ -21,7 +21,7 @@ from orca_rank.adapters.mixers import FLoRA, MoSLoRA, TwoSubspaces
 from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.quantised import QLoRA, paged_adamw
-from orca_rank.adapters.steps import begin_step, end_step, extra_loss, parameter_groups
+from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, parameter_groups
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "PeftAdapter",
     "QLoRA",
     "ReRandomised",
+    "Steps",
     "TwoSubspaces",
     "adapted",
     "adapter_state_dict",

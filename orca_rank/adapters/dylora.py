@@ -153,12 +153,11 @@ class DyLoRA(LoRA):
         self.set_rank(None)
 
 
-def begin_dylora(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw this step's ranks for all DyLoRA layers together, as their ``share`` says.
+def begin_dylora(layers: Sequence[DyLoRA], generator: torch.Generator | None = None) -> None:
+    """Draw this step's ranks for all DyLoRA layers of a model together, as their ``share`` says.
 
     Under data parallelism every process must pass a generator with the same seed.
     """
-    layers = [adapter for adapter in adapters(model).values() if isinstance(adapter, DyLoRA)]
     if not layers:
         return
     u = torch.rand(len(layers) + 1, generator=generator, dtype=torch.float64).tolist()

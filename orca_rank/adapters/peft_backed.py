@@ -10,6 +10,7 @@ from orca_rank.ranks.peft import exactly, patterns
 
 METHODS = ("dora", "adalora", "loha", "lokr", "vera")
 UNEVEN = ("dora", "loha", "lokr")
+IMPORTANCES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of AdaLoRA's parameters, in PEFT's names
 
 
 class PeftAdapter:
@@ -17,7 +18,8 @@ class PeftAdapter:
 
     Args:
         method: ``dora`` | ``adalora`` | ``loha`` | ``lokr`` | ``vera``. AdaLoRA and VeRA know one rank for all layers.
-        options: further fields of the method's PEFT config, e.g. total_step, target_r, tinit, tfinal for AdaLoRA.
+        options: further fields of the method's PEFT config, e.g. total_step, target_r, tinit, tfinal for AdaLoRA; its
+            total_step may be None, the steps of the run (see `Steps.run_of`), and tinit and tfinal below 1 are shares.
 
     Raises:
         ValueError: for an unknown method. ImportError: without PEFT.
@@ -39,7 +41,8 @@ class PeftAdapter:
             raise ValueError(f"{self.method} has one rank for all layers; the plan has {sorted(values)}")
         config, tuner = self._config(ranks)
         # The tuner replaces layers inside the model; the model must not own it in turn as a submodule.
-        vars(model)["peft_tuner"] = PeftTuner(tuner(model, config, "default"), self.method)
+        follows = self.options.get("total_step") is None
+        vars(model)["peft_tuner"] = PeftTuner(tuner(model, config, "default"), self.method, self.options, follows)
         return {name: model.get_submodule(name) for name in ranks}
 
     def _config(self, ranks: Mapping[str, int]) -> tuple[Any, Any]:
@@ -57,15 +60,61 @@ class PeftAdapter:
             return peft.LoKrConfig(r=first, rank_pattern=pattern, **common), lokr.LoKrModel
         if self.method == "vera":
             return peft.VeraConfig(r=first, **common), vera.VeraModel
+        common |= schedule(self.options, self.options.get("total_step") or 1000)
         return peft.AdaLoraConfig(init_r=first, **common), adalora.AdaLoraModel
 
 
-class PeftTuner:
-    """What the training loop needs of a PEFT tuner: AdaLoRA's orthogonality term and its budget schedule."""
+def schedule(options: Mapping[str, Any], steps: int) -> dict[str, int]:
+    """AdaLoRA's total_step, tinit and tfinal for a run of so many steps."""
+    lengths = {name: options.get(name) or 0 for name in ("tinit", "tfinal")}
+    return {"total_step": steps} | {n: round(t * steps) if 0 < t < 1 else int(t) for n, t in lengths.items()}
 
-    def __init__(self, tuner: Any, method: str) -> None:
-        self.tuner, self.method, self.steps = tuner, method, 0  # a tuner of PEFT, which has no types
+
+class PeftTuner:
+    """What the training loop needs of a PEFT tuner: AdaLoRA's orthogonality term and its budget schedule.
+
+    Args:
+        tuner: PEFT's, which has no types. method, options: those of the `PeftAdapter`. follows: the schedule takes its
+            length from the run.
+    """
+
+    def __init__(self, tuner: Any, method: str, options: Mapping[str, Any], follows: bool) -> None:
+        self.tuner, self.method, self.options, self.follows, self.steps = tuner, method, options, follows, 0
         self.kept: dict[str, Tensor] = {}
+
+    def run_of(self, steps: int) -> None:
+        """Fit AdaLoRA's schedule to a run of so many optimiser steps, unless total_step says another number.
+
+        Raises:
+            ValueError: if no step is left in which the budget could shrink.
+        """
+        if self.method != "adalora" or not self.follows:
+            return
+        lengths = schedule(self.options, steps)
+        if not max(1, lengths["tinit"]) < steps - lengths["tfinal"]:
+            raise ValueError(
+                f"AdaLoRA cannot move ranks in a run of {steps} optimiser steps with {lengths}: train longer"
+            )
+        for name, value in lengths.items():
+            setattr(self.tuner.peft_config["default"], name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What AdaLoRA's next allocations depend on beside its parameters: the step, importances, the ranks chosen."""
+        if self.method != "adalora":
+            return {}
+        allocator, config = self.tuner.rankallocator, self.tuner.peft_config["default"]
+        state = {name: dict(getattr(allocator, name)) for name in IMPORTANCES}
+        return {"steps": self.steps, "rank_pattern": config.rank_pattern, **state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        if not state:
+            return
+        self.steps, self.tuner.peft_config["default"].rank_pattern = state["steps"], state["rank_pattern"]
+        like = dict(self.tuner.model.named_parameters())
+        for name in IMPORTANCES:
+            values = {n: value.to(like[n].device) for n, value in state[name].items()}
+            setattr(self.tuner.rankallocator, name, values)
 
     def layers(self) -> dict[str, Any]:
         """PEFT's layers by name."""

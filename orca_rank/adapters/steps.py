@@ -1,5 +1,6 @@
-"""What a training loop calls around its steps; each walks the adapters and does nothing where none needs it."""
+"""What a training loop calls around its steps; each does nothing where no adapter needs it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,34 +11,72 @@ from orca_rank.adapters.linear import adapted, adapters
 from orca_rank.adapters.peft_backed import tuner_of
 
 
-def begin_step(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Before the first forward pass of an optimiser step: draw ranks, gates, projections.
+class Steps:
+    """The adapters of a model around the steps of one run: found once, since walking a model costs as much as a layer.
 
-    Raises:
-        ValueError: if the model is merged, because a merged adapter does not learn.
+    Args:
+        model: with all the adapters that it will have.
     """
-    if merged := [name for name, module in adapted(model).items() if module.merged]:
-        raise ValueError(f"{merged[0]} is merged and would not learn; call unmerge(model) before training")
-    begin_dylora(model, generator)
-    for adapter in adapters(model).values():
-        if not isinstance(adapter, DyLoRA):
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules, self.adapters, self.tuner = adapted(model), list(adapters(model).values()), tuner_of(model)
+        self.nested = [adapter for adapter in self.adapters if isinstance(adapter, DyLoRA)]
+        self.others = [adapter for adapter in self.adapters if not isinstance(adapter, DyLoRA)]
+
+    def run_of(self, steps: int) -> None:
+        """Tell adapters with a schedule how many optimiser steps the run has."""
+        if self.tuner:
+            self.tuner.run_of(steps)
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Before the first forward pass of an optimiser step: draw ranks, gates, projections.
+
+        Raises:
+            ValueError: if the model is merged, because a merged adapter does not learn.
+        """
+        if merged := [name for name, module in self.modules.items() if module.merged]:
+            raise ValueError(f"{merged[0]} is merged and would not learn; call unmerge(model) before training")
+        begin_dylora(self.nested, generator)
+        for adapter in self.others:
             adapter.begin_step(generator)
+
+    def end(self) -> None:
+        """After the optimiser's step: put frozen rows back, fold projections, follow the product."""
+        for adapter in self.adapters:
+            adapter.end_step()
+        if self.tuner:
+            self.tuner.end_step()
+
+    def extra_loss(self) -> Tensor | float:
+        """The sum of the terms that adapters add to the loss; 0.0 when none has one."""
+        terms = [term for adapter in self.adapters if (term := adapter.extra_loss()) is not None]
+        if self.tuner and (term := self.tuner.extra_loss()) is not None:
+            terms.append(term)
+        return torch.stack(terms).sum() if terms else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What adapters go on from beside their tensors, as tensors and plain values."""
+        return self.tuner.state_dict() if self.tuner else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        if self.tuner:
+            self.tuner.load_state_dict(state)
+
+
+def begin_step(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """`Steps.begin`, for a loop that walks the model in every step."""
+    Steps(model).begin(generator)
 
 
 def end_step(model: nn.Module) -> None:
-    """After the optimiser's step: put frozen rows back, fold projections, follow the product."""
-    for adapter in adapters(model).values():
-        adapter.end_step()
-    if tuner := tuner_of(model):
-        tuner.end_step()
+    """`Steps.end`, likewise."""
+    Steps(model).end()
 
 
 def extra_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the terms that adapters add to the loss; 0.0 when none has one."""
-    terms = [term for adapter in adapters(model).values() if (term := adapter.extra_loss()) is not None]
-    if (tuner := tuner_of(model)) and (term := tuner.extra_loss()) is not None:
-        terms.append(term)
-    return torch.stack(terms).sum() if terms else 0.0
+    """`Steps.extra_loss`, likewise."""
+    return Steps(model).extra_loss()
 
 
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:

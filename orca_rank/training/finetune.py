@@ -78,6 +78,7 @@ class FineTune(L.LightningModule):
         self.seed, self.lr_ratio = seed, lr_ratio
         self.strict_loading = False  # checkpoints leave out what is frozen
         self.draws = torch.Generator().manual_seed(seed)
+        self.steps = adapters.Steps(model.body)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -87,7 +88,7 @@ class FineTune(L.LightningModule):
         torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 100_003 + batch_index)
         if batch_index % self.trainer.accumulate_grad_batches == 0:  # one draw per optimiser step, as DyLoRA
             self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)
-            adapters.begin_step(self.model.body, self.draws)
+            self.steps.begin(self.draws)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch
@@ -98,11 +99,11 @@ class FineTune(L.LightningModule):
                 f"finetune.optimizer.lr or set finetune.clip=1.0"
             )
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(x), prog_bar=True)
-        return loss + adapters.extra_loss(self.model.body)
+        return loss + self.steps.extra_loss()
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
-        adapters.end_step(self.model.body)
+        self.steps.end()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "val")
@@ -120,7 +121,9 @@ class FineTune(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.parameter_groups())
-        course = self.options.course(self.trainer.estimated_stepping_batches)
+        steps = int(self.trainer.estimated_stepping_batches)
+        self.steps.run_of(steps)
+        course = self.options.course(steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: course.factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -138,6 +141,10 @@ class FineTune(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = trained_tensors(self.model)
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in kept.items()}
+        checkpoint["steps"] = self.steps.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.steps.load_state_dict(checkpoint["steps"])
 
 
 def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
