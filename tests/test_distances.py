@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import apart
 from torch import Tensor
 
 from orca_rank.distances import (
     bures_wasserstein,
     energy_distance,
+    gaussian,
     knn_two_sample,
     mmd,
     objectives,
@@ -21,6 +23,7 @@ from orca_rank.distances import (
     proxy_a_distance,
     sliced_wasserstein,
 )
+from orca_rank.distances.gaussian import GaussianClasses
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 DIFFERENTIABLE: list[Distance] = [mmd, energy_distance, sliced_wasserstein, bures_wasserstein]
@@ -69,6 +72,35 @@ def test_bures_of_few_samples_in_many_dimensions() -> None:
     y.requires_grad_()
     bures_wasserstein(x, y).backward()
     assert bool(torch.isfinite(y.grad).all())
+
+
+def class_distances(x: Tensor, y: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum-of-squares gradient in y of the distances between the Gaussians of all classes, and the distances."""
+    y = y.clone().requires_grad_()
+    fits = [GaussianClasses(z, label, label.bincount(), 1) for z in (x, y)]
+    within, across = fits[1].own_distances(), fits[0].distances(fits[1])
+    (within.square().sum() + across.square().sum()).backward()
+    assert y.grad is not None
+    return y.grad, torch.cat([within, across]).detach()
+
+
+@pytest.mark.parametrize("d", [3, 40])
+def test_batches_of_class_distances(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = torch.arange(60).square() % 11  # six classes, five to ten samples each
+    label = torch.unique(label, return_inverse=True)[1]
+    x, y = normal(60, d), 2 * normal(60, d, 1) + 0.5
+    gradient, distances = class_distances(x, y, label)
+    for i, j in ((0, 4), (3, 3)):
+        assert distances[6 + i, j].item() == pytest.approx(
+            bures_wasserstein(x[label == i], y[label == j]).item(), rel=1e-9
+        )
+    monkeypatch.setattr(gaussian, "BATCH_ELEMENTS", 1)
+    for wanted, value in zip((gradient, distances), class_distances(x, y, label), strict=True):
+        assert apart(value, wanted) < 1e-12
+    for side in (0, 64):  # float32 by singular values and by Gram matrices
+        monkeypatch.setattr(gaussian, "SMALL_SIDE", side)
+        for wanted, value in zip((gradient, distances), class_distances(x.float(), y.float(), label), strict=True):
+            assert apart(value, wanted) < 1e-4
 
 
 @pytest.mark.parametrize("distance", [sliced_wasserstein, bures_wasserstein])
@@ -190,3 +222,8 @@ def test_objectives_equal_their_functions() -> None:
     assert objective(target, one).item() == pytest.approx(wanted, rel=1e-9)
     difference = (source.mean(0) - target.mean(0)).square().sum().item()
     assert objectives.L2(source, label)(target, one).item() == pytest.approx(difference, rel=1e-9)
+    options = {"inner": "means", "epsilon": 0.05}
+    otdd, other = (
+        objectives.OTDD(source, label, backend=name, **options)(target, one) for name in ("native", "geomloss")
+    )
+    assert other.item() == pytest.approx(otdd.item(), rel=1e-4)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared import apart
 from torch import Tensor
 
 from orca_rank.distances import MovingBandwidth, energy_distance, mmd
@@ -40,7 +41,7 @@ def test_orca_value_and_gradient() -> None:
     value = mmd(x, y, bandwidth="mean", kernels=5, unbiased=False)
     value.backward()
     assert value.item() == pytest.approx(values["orca_value"], rel=1e-12)
-    assert torch.allclose(y.grad, arrays["grad_target"], atol=1e-12)
+    assert apart(y.grad, arrays["grad_target"]) < 1e-10
     unbiased = mmd(x, y, bandwidth="mean", kernels=5).item()
     assert unbiased == pytest.approx(values["unbiased_same_bandwidth"], rel=1e-12)
 
@@ -111,7 +112,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orca_rank.distances._pairs.ELEMENTS", 64)
     chunked = mmd(x, y, kernels=5)
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-12)
-    assert torch.allclose(torch.autograd.grad(chunked, y)[0], first)
+    assert apart(torch.autograd.grad(chunked, y)[0], first) < 1e-12
 
 
 def test_bad_input_is_named() -> None:

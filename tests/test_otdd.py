@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import apart
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from orca_rank.distances import OTDDSource, otdd
+from orca_rank.distances import OTDDSource, legacy_otdd, otdd
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = ["gm_d2_k3v2", "digits_pca8_noise_k10v10", "gm_orca_singleclass_d32_k10v1", "identical_d10_k4",
@@ -47,7 +48,7 @@ def test_exact_is_the_linear_programme(name: str) -> None:
     for inner, key in (("gaussian", "emd_otdd2_gauss"), ("exact", "emd_otdd2_exact"), ("none", "emd_w2sq_unlabelled")):
         assert otdd(*data, inner=inner, outer="exact").value.item() == pytest.approx(values[key], rel=1e-6, abs=1e-9)
     result = otdd(*data, outer="exact")
-    assert torch.allclose(result.label_distances, torch.tensor(arrays["W12_gauss_closed"]), rtol=1e-6, atol=2e-7)
+    assert apart(result.label_distances, torch.tensor(arrays["W12_gauss_closed"])) < 1e-6
     assert result.marginal_error < 1e-9
 
 
@@ -75,18 +76,17 @@ def test_legacy_returns_the_numbers_of_the_reference(name: str, key: str) -> Non
     dtype = torch.float32 if "single" in key else torch.float64
     epsilon = float(key.split("eps")[1].split("_")[0])
     inner = "gaussian" if "gaussian" in key else "exact"
-    value = otdd(x.to(dtype), x_label, y.to(dtype), y_label, inner=inner, schedule="legacy", epsilon=epsilon).value
+    value = legacy_otdd(x.to(dtype), x_label, y.to(dtype), y_label, inner=inner, epsilon=epsilon).value
     assert value.item() == pytest.approx(values[f"ms_{key}"], rel=1e-3, abs=1e-4)
 
 
 def test_legacy_inner_bias_and_gradient() -> None:
     (x, x_label, y, y_label), values, arrays = case("gm_d2_k3v2")
-    options = {"inner": "exact", "schedule": "legacy"}
-    biased = otdd(x, x_label, y, y_label, inner_debias=False, epsilon=1.0, **options).value.item()
+    biased = legacy_otdd(x, x_label, y, y_label, inner="exact", inner_debias=False, epsilon=1.0).value.item()
     assert biased == pytest.approx(values["ms_exact_eps1.0_ideb0_double"], rel=1e-9)
     y = y.clone().requires_grad_()
-    otdd(x, x_label, y, y_label, **options).value.backward()
-    assert torch.allclose(y.grad, torch.tensor(arrays["ms_grad_X2_exact_ideb1"]), atol=1e-9)
+    legacy_otdd(x, x_label, y, y_label, inner="exact").value.backward()
+    assert apart(y.grad, torch.tensor(arrays["ms_grad_X2_exact_ideb1"])) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["gm_d2_k3v2", "digits_pca8_noise_k10v10", "gm_orca_singleclass_d32_k10v1"])
@@ -99,7 +99,7 @@ def test_default_is_near_the_linear_programme_in_value_and_gradient(name: str) -
     assert cosine(y.grad, torch.tensor(arrays["emd_grad_X2_gauss_Wdetached"])) > 0.999
     y.grad = None
     otdd(x, x_label, y, y_label, outer="exact", detach_labels=True).value.backward()
-    assert torch.allclose(y.grad, torch.tensor(arrays["emd_grad_X2_gauss_Wdetached"]), atol=1e-8)
+    assert apart(y.grad, torch.tensor(arrays["emd_grad_X2_gauss_Wdetached"])) < 1e-7
 
 
 @pytest.mark.parametrize("outer", ["exact", "sinkhorn"])
@@ -156,7 +156,7 @@ def test_sliced_with_all_directions_gives_the_translation() -> None:
     result = otdd(x, label, y, label, inner="means", outer="sliced", projections=60)
     assert result.value.item() == pytest.approx(2 * float(shift.square().sum()), rel=1e-6)
     result.value.backward()
-    assert torch.allclose(y.grad.sum(0), 4 * shift, rtol=1e-5)
+    assert apart(y.grad.sum(0), 4 * shift) < 1e-5
     assert otdd(x, label, x, label, outer="sliced").value.item() == pytest.approx(0, abs=1e-9)
 
 
@@ -209,6 +209,80 @@ def test_prepared_source_gives_the_same() -> None:
     direct.value.backward()
     assert prepared.value.item() == pytest.approx(direct.value.item(), rel=1e-6)
     assert cosine(first, y.grad) > 1 - 1e-5
+
+
+def value_and_gradients(data: Data, **options: Any) -> tuple[Tensor, Tensor]:
+    x, x_label, y, y_label = data
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    result = otdd(x, x_label, y, y_label, **options)
+    result.value.backward()
+    assert x.grad is not None and y.grad is not None
+    return result.value.detach(), torch.cat([x.grad, y.grad])
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "dtype", "tolerance", "wanted"), [(0.05, torch.float64, 1e-6, 1e-5), (0.01, torch.float32, 5e-4, 5e-3)]
+)
+@pytest.mark.parametrize("inner", ["gaussian", "exact", "means", "none"])
+def test_geomloss_gives_the_same(
+    inner: str, epsilon: float, dtype: torch.dtype, tolerance: float, wanted: float
+) -> None:
+    data = classes(40, 30, 5, k=3, dtype=dtype)
+    options: dict[str, Any] = {"inner": inner, "epsilon": epsilon, "tolerance": tolerance}
+    value, gradients = value_and_gradients(data, **options)
+    other, others = value_and_gradients(data, backend="geomloss", **options)
+    assert other.item() == pytest.approx(value.item(), rel=wanted / 5)
+    assert apart(others, gradients) < wanted
+
+
+def test_geomloss_closed_forms() -> None:
+    x, label, _, _ = classes(30, 1, 4)
+    shift = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+    result = otdd(x, label, x + shift, label, backend="geomloss")
+    assert result.value.item() == pytest.approx(2 * float(shift.square().sum()), rel=1e-4)
+    assert result.marginal_error <= 5e-4
+    assert otdd(x, label, x, label, backend="geomloss").value.item() == pytest.approx(0, abs=1e-4)
+    same = torch.ones(6, 3)
+    assert otdd(same, label[:6], same, label[:6], backend="geomloss").value.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_geomloss_leaves_the_gradient_mode_alone() -> None:
+    x, x_label, y, y_label = classes(12, 9, 3)
+    y.requires_grad_()
+    with torch.no_grad():
+        value = otdd(x, x_label, y, y_label, backend="geomloss").value
+        assert not torch.is_grad_enabled()
+    assert not value.requires_grad
+
+
+def test_geomloss_source() -> None:
+    x, x_label, y, y_label = classes(40, 30, 5, k=3)
+    gradients = []
+    for backend in ("native", "geomloss"):
+        z = y.clone().requires_grad_()
+        source = OTDDSource(x, x_label, epsilon=0.05, backend=backend, tolerance=1e-6)
+        source.distance(z, y_label).value.backward()
+        gradients.append(z.grad)
+    assert apart(gradients[1], gradients[0]) < 1e-5
+
+
+def test_geomloss_without_keops_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = classes(12, 9, 3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"12 x 9 samples .* pip install pykeops"):
+        otdd(*data, backend="geomloss_online")
+    monkeypatch.setattr("orca_rank.distances.with_geomloss.DENSE", 100)
+    with pytest.raises(ImportError, match="pykeops is not"):
+        otdd(*data, backend="geomloss")
+
+
+def test_geomloss_online_gives_the_same() -> None:
+    pytest.importorskip("pykeops")
+    data = classes(40, 30, 5, k=3)
+    value, gradients = value_and_gradients(data, backend="geomloss", epsilon=0.05)
+    other, others = value_and_gradients(data, backend="geomloss_online", epsilon=0.05)
+    assert other.item() == pytest.approx(value.item(), rel=1e-9)
+    assert apart(others, gradients) < 1e-8
 
 
 @pytest.mark.parametrize("inner", ["gaussian", "exact", "means"])
@@ -271,10 +345,10 @@ def test_far_from_the_origin() -> None:
         ({"y_label": None}, "y_label is None"),
         ({"inner": "gauss"}, "inner must be one of"),
         ({"outer": "emd"}, "outer must be one of"),
-        ({"schedule": "fast"}, "schedule must be one of"),
+        ({"backend": "pot"}, "backend must be one of"),
+        ({"backend": "geomloss", "outer": "exact"}, "solves outer='sinkhorn' only"),
         ({"epsilon": -1.0}, "positive"),
         ({"epsilon_units": "blur"}, "epsilon_units"),
-        ({"schedule": "legacy", "outer": "exact"}, "legacy"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:

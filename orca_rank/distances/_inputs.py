@@ -109,11 +109,11 @@ class Envelope(torch.autograd.Function):
     """A value whose gradients are already known (by the envelope theorem): hands them out in backward."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad * gradient for gradient in ctx.saved_tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ ELEMENTS = 2**21  # pairs held at once
 
 class _PairSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, radial: Radial, same: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, radial: Radial, same: bool) -> Tensor:
         needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_x = torch.zeros_like(x) if needs else None
         grad_y = torch.zeros_like(y) if needs and not same else None
@@ -44,7 +45,7 @@ class _PairSum(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.same:
             return grad * ctx.saved_tensors[0], None, None, None
         grad_x, grad_y = ctx.saved_tensors

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from orca_rank.distances._inputs import Envelope, squared_distances
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", SyntaxWarning)  # its docstrings, when compiled for the first time
-    import ot
-
 
 def exact_plan(cost: Tensor) -> Tensor:
     """The optimal plan (n, m), float64, between uniform measures.
@@ -21,6 +17,10 @@ def exact_plan(cost: Tensor) -> Tensor:
     Raises:
         RuntimeError: if the solver stops early, with its message.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # its docstrings, when compiled for the first time
+        import ot  # here, because it takes seconds
+
     n, m = cost.shape
     matrix = np.ascontiguousarray(cost.detach().cpu().numpy(), dtype=np.float64)
     with warnings.catch_warnings():

@@ -13,6 +13,12 @@ from orca_rank.distances.sinkhorn import Plan
 INNER = ("gaussian", "exact", "means", "none")
 
 
+def check_inner(inner: str) -> None:
+    """Raise ValueError for an inner distance that does not exist."""
+    if inner not in INNER:
+        raise ValueError(f"inner must be one of {', '.join(INNER)}, received {inner!r}")
+
+
 class Labelled:
     """A labelled sample and the class statistics its inner distance needs."""
 

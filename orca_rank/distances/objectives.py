@@ -26,6 +26,7 @@ class OTDD:
     Args:
         source: (n, d). label: (n,). inner: "gaussian", "exact", "means" or "none". epsilon: relative temperature, null
             for the default. detach_labels: leave the label term out of the gradient, as ORCA's exact mode does.
+        backend: "native", "geomloss" or "geomloss_online", as in `otdd`.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class OTDD:
         inner: str = "gaussian",
         epsilon: float | None = None,
         detach_labels: bool = False,
+        backend: str = "native",
     ) -> None:
-        self.source = OTDDSource(source, label, inner=inner, epsilon=epsilon)
+        self.source = OTDDSource(source, label, inner=inner, epsilon=epsilon, backend=backend)
         self.detach_labels = detach_labels
 
     def __call__(self, target: Features, label: Labels) -> Float[Tensor, ""]:

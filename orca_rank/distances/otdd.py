@@ -2,8 +2,8 @@
 
     OTDD² = OT( ‖x − x′‖² + W(c, c′) ),   W(c, c′) = W₂² between the features of class c and those of class c′
 
-Units: the FULL squared cost above. geomloss and microsoft/otdd minimise half of it, so their numbers are half of
-these; `schedule="legacy"` alone returns their (half-cost) numbers.
+Units: the FULL squared cost above. geomloss and microsoft/otdd minimise half of it, so their numbers are half of these;
+`legacy_otdd` returns theirs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from orca_rank.distances._inputs import Envelope, full_precision, pair, points
-from orca_rank.distances.exact import exact_plan
-from orca_rank.distances.labelled import INNER, Labelled, class_mass, ground_cost, mean_cost
-from orca_rank.distances.legacy import legacy_otdd
-from orca_rank.distances.sinkhorn import Plan, solve, solve_symmetric, working_dtype
+from orca_rank.distances._inputs import full_precision, pair, points
+from orca_rank.distances.labelled import Labelled, check_inner, mean_cost
+from orca_rank.distances.outer import Term, entropic, linear_programme
 from orca_rank.distances.sliced import sliced_with_labels
 
 EPSILON = 5e-4  # relative to the mean cost within the samples
+OUTER = ("sinkhorn", "exact", "sliced")
+BACKENDS = ("native", "geomloss", "geomloss_online")
 
 
 class OTDDResult(NamedTuple):
@@ -29,8 +29,8 @@ class OTDDResult(NamedTuple):
 
     Args:
         value: OTDD², differentiable. marginal_error: Σ|P1 − a| + Σ|Pᵀ1 − b| of the plan between the samples (0 where
-            there is no such plan). iterations: kernel evaluations between the samples. label_distances: W (K, L).
-        epsilon: the temperature used, in units of the full cost (of the half cost for schedule="legacy").
+            there is no such plan). iterations: kernel evaluations between the samples (geomloss: at the last ε).
+        label_distances: W (K, L). epsilon: the temperature used, in units of the full cost.
     """
 
     value: Float[Tensor, ""]
@@ -38,26 +38,6 @@ class OTDDResult(NamedTuple):
     iterations: int
     label_distances: Float[Tensor, "K L"]
     epsilon: float
-
-
-class _Own(NamedTuple):
-    """½ OT_ε(α, α), its gradient in the features and in W."""
-
-    value: Tensor
-    features: Tensor | None
-    labels: Tensor | None
-
-
-def _own_term(a: Labelled, label_distances: Tensor, epsilon: float, tolerance: float, limit: int, grad: bool) -> _Own:
-    dtype = working_dtype(len(a.x), len(a.x), a.x.dtype)
-    plan = solve_symmetric(ground_cost(a, a, label_distances, dtype)[0], epsilon, tolerance, limit)
-    if not grad:
-        return _Own(plan.value / 2, None, None)
-    x = a.x.detach().to(dtype)
-    mass = (plan.apply(torch.ones_like(plan.f)) + plan.apply_transposed(torch.ones_like(plan.f))) / 2
-    # ½ Σ P_ij ‖x_i − x_j‖² has the gradient 2 (mass ⊙ x − P x), P symmetric.
-    features = 2 * (mass[:, None] * x - plan.apply(x))
-    return _Own(plan.value / 2, features, class_mass(plan, a, a, label_distances.shape) / 2)
 
 
 def _temperature(epsilon: float | None, units: str, scale: float, fallback: float) -> float:
@@ -80,10 +60,10 @@ class OTDDSource:
 
     Args:
         x: (n, d) features, not differentiated. label: (n,) integers, or None where inner="none".
-        inner, epsilon, epsilon_units, tolerance, max_iterations, ddof: as in `otdd`; the outer problem is Sinkhorn.
+        inner, epsilon, epsilon_units, backend, tolerance, ddof: as in `otdd`; the outer problem is Sinkhorn.
 
     Raises:
-        ValueError: as `otdd`.
+        ValueError, ImportError: as `otdd`.
     """
 
     @full_precision
@@ -95,19 +75,18 @@ class OTDDSource:
         inner: str = "gaussian",
         epsilon: float | None = None,
         epsilon_units: str = "relative",
+        backend: str = "native",
         tolerance: float = 5e-4,
-        max_iterations: int = 400,
         ddof: int = 1,
     ) -> None:
-        _choice("inner", inner, INNER)
+        _check(inner, "sinkhorn", backend)
         x = points(x).detach()
         self.shift = x.mean(0)
-        self.options = {"inner": inner, "ddof": ddof}
-        self.tolerance, self.max_iterations = tolerance, max_iterations
+        self.inner, self.ddof, self.backend, self.tolerance = inner, ddof, backend, tolerance
         self.side = Labelled(x - self.shift, label, "label", inner, ddof, True)
         own = self.side.own_distances()
         self.epsilon = _temperature(epsilon, epsilon_units, mean_cost(self.side, own), 0.0)
-        self.own = _own_term(self.side, own, self.epsilon, tolerance, max_iterations, False).value
+        self.own = _term(self.side, self.side, own, self.epsilon, tolerance, backend).value
 
     @full_precision
     def distance(
@@ -121,75 +100,32 @@ class OTDDSource:
         if y.shape[1] != self.shift.shape[0]:
             raise ValueError(f"y must have the source's width {self.shift.shape[0]}, received {tuple(y.shape)}")
         y = y.to(self.shift) - self.shift
-        target = Labelled(y, label, "label", self.options["inner"], self.options["ddof"], detach_labels)
-        return _sinkhorn(self.side, target, self.epsilon, self.tolerance, self.max_iterations, self.own)
+        target = Labelled(y, label, "label", self.inner, self.ddof, detach_labels)
+        across = self.side.distances(target)
+        options = self.epsilon, self.tolerance, self.backend
+        term = _term(self.side, target, across, *options)
+        own = _term(target, target, target.own_distances(), *options).value
+        value = term.value - self.own / 2 - own / 2
+        return OTDDResult(value.to(y.dtype), term.error, term.iterations, across.detach(), self.epsilon)
 
 
-def _sinkhorn(
-    a: Labelled,
-    b: Labelled,
-    epsilon: float,
-    tolerance: float,
-    limit: int,
-    own: Tensor | None,
-    labels: tuple[Tensor, Tensor | None, Tensor] | None = None,
-) -> OTDDResult:
-    """The debiased value OT(a, b) − ½ OT(a, a) − ½ OT(b, b); `own` is ½ OT(a, a) where it is known."""
-    across, within_a, within_b = labels or (a.distances(b), None, b.own_distances())
-    inputs = [t for t in (a.x, b.x, across, within_a, within_b) if t is not None]
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    with torch.no_grad():
-        dtype = working_dtype(len(a.x), len(b.x), a.x.dtype)
-        cost, offset = ground_cost(a, b, across, dtype)
-        plan = solve(cost, epsilon, tolerance, limit)
-        value, gradients = plan.value.double() + offset.double(), []
-        if grad:
-            x, y, ones_a, ones_b = a.x.to(dtype), b.x.to(dtype), torch.ones_like(plan.f), torch.ones_like(plan.g)
-            gradients = [
-                2 * (plan.apply(ones_b)[:, None] * x - plan.apply(y)),
-                2 * (plan.apply_transposed(ones_a)[:, None] * y - plan.apply_transposed(x)),
-                class_mass(plan, a, b, across.shape),
-            ]
-        error, iterations = plan.error, plan.iterations
-        del plan, cost
-        for position, side, within in ((0, a, within_a), (1, b, within_b)):
-            if position == 0 and own is not None:
-                value = value - own.double()
-                continue
-            term = _own_term(side, within, epsilon, tolerance, limit, grad)
-            value = value - term.value.double()
-            if grad:
-                gradients[position] = gradients[position] - term.features.to(dtype)
-                gradients.append(-term.labels)
-    if grad:
-        value = Envelope.apply(
-            value.to(a.x.dtype), tuple(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), *inputs
-        )
-    return OTDDResult(value.to(a.x.dtype), error, iterations, across.detach(), epsilon)
+def _term(a: Labelled, b: Labelled, w: Tensor, epsilon: float, tolerance: float, backend: str) -> Term:
+    """OT_ε between two samples, or of one with itself, by the chosen backend."""
+    if backend == "native":
+        return entropic(a, b, w, epsilon, tolerance)
+    from orca_rank.distances.with_geomloss import geomloss_term
+
+    return geomloss_term(a, b, w, epsilon, tolerance, online=True if backend == "geomloss_online" else None)
 
 
-def _linear_programme(a: Labelled, b: Labelled) -> OTDDResult:
-    across = a.distances(b)
-    with torch.no_grad():
-        cost, offset = ground_cost(a, b, across, torch.float64)
-        p = exact_plan(cost)
-        value = (p * cost).sum() + offset
-        plan = Plan(p.sum(1), p.sum(0), p, torch.ones_like(p[:, 0]), 0.0, 0)
-        x, y = a.x.double(), b.x.double()
-        gradients = (
-            2 * (plan.f[:, None] * x - p @ y),
-            2 * (plan.g[:, None] * y - p.T @ x),
-            class_mass(plan, a, b, across.shape),
-        )
-        error = float((plan.f - 1 / len(x)).abs().sum() + (plan.g - 1 / len(y)).abs().sum())
-    dtype = a.x.dtype
-    value = Envelope.apply(value.to(dtype), tuple(g.to(dtype) for g in gradients), a.x, b.x, across)
-    return OTDDResult(value, error, 0, across.detach(), 0.0)
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, received {value!r}")
+def _check(inner: str, outer: str, backend: str) -> None:
+    check_inner(inner)
+    if outer not in OUTER:
+        raise ValueError(f"outer must be one of {', '.join(OUTER)}, received {outer!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, received {backend!r}")
+    if outer != "sinkhorn" and backend != "native":
+        raise ValueError(f"backend={backend!r} solves outer='sinkhorn' only, received outer={outer!r}")
 
 
 @full_precision
@@ -203,14 +139,12 @@ def otdd(
     outer: str = "sinkhorn",
     epsilon: float | None = None,
     epsilon_units: str = "relative",
-    schedule: str = "converged",
+    backend: str = "native",
     detach_labels: bool = False,
     tolerance: float = 5e-4,
-    max_iterations: int = 400,
     ddof: int = 1,
     projections: int = 64,
     seed: int = 0,
-    inner_debias: bool = True,
 ) -> OTDDResult:
     """Squared optimal transport dataset distance.
 
@@ -233,13 +167,12 @@ def otdd(
             the mean full cost within the two samples, E‖x − x′‖² + E W, averaged over both. With
             epsilon_units="half_cost" it is the absolute blur² of geomloss and microsoft/otdd, whose cost is half of
             this one; the value stays the full one.
-        schedule: "converged", or "legacy" (with outer="sinkhorn"): geomloss's annealing as microsoft/otdd and ORCA
-            call it: scaling 0.5, not converged, started at the diameter of the features with the label index
-            appended, epsilon (default 0.1) absolute in the units of the HALF cost. `.value` is then THEIR number, that
-            of the half cost. Its "exact" inner distances are Sinkhorn values with ε = 0.1, debiased as ORCA has them
-            (inner_debias=False as microsoft/otdd's default), and carry no gradient.
+        backend: who solves outer="sinkhorn": "native", by Newton steps with a dense cost; "geomloss" (see
+            `with_geomloss`), which gives the same value and gradient within the tolerance, and above 5,000 × 5,000
+            samples holds no cost matrix (its online backend, for a GPU; needs pykeops); "geomloss_online" holds none
+            for fewer either.
         detach_labels: True treats W as constant in the gradient.
-        tolerance: largest Σ|P1 − a| + Σ|Pᵀ1 − b|. max_iterations: bound on kernel evaluations at the last ε.
+        tolerance: largest Σ|P1 − a| + Σ|Pᵀ1 − b|, unless rounding or the bound on iterations ends before.
         ddof: class covariances over n_c − ddof; 1 (unbiased) is the convention of the reference implementation.
         projections, seed: of outer="sliced".
 
@@ -248,22 +181,17 @@ def otdd(
 
     Raises:
         ValueError: for bad shapes, widths, labels, options or values that are not finite.
+        ImportError: if the backend needs KeOps and it is not installed.
     """
-    _choice("inner", inner, INNER)
-    _choice("outer", outer, ("sinkhorn", "exact", "sliced"))
-    _choice("schedule", schedule, ("converged", "legacy"))
+    _check(inner, outer, backend)
     x, y = pair(x, y)
     a = Labelled(x, x_label, "x_label", inner, ddof, detach_labels)
     b = Labelled(y, y_label, "y_label", inner, ddof, detach_labels)
-    if schedule == "legacy":
-        if outer != "sinkhorn":
-            raise ValueError(f"schedule='legacy' needs outer='sinkhorn', received {outer!r}")
-        temperature = _temperature(0.1 if epsilon is None else epsilon, "half_cost", 0.0, 0.0) / 2
-        value, error, iterations, across = legacy_otdd(a, b, temperature, inner, inner_debias)
-        return OTDDResult(value, error, iterations, across, temperature)
+    across = a.distances(b)
     if outer == "exact":
-        return _linear_programme(a, b)
-    across, within_a, within_b = a.distances(b), a.own_distances(), b.own_distances()
+        term = linear_programme(a, b, across)
+        return OTDDResult(term.value.to(x.dtype), term.error, term.iterations, across.detach(), 0.0)
+    within_a, within_b = a.own_distances(), b.own_distances()
     if outer == "sliced":
         blocks = torch.cat([torch.cat([within_a, across], 1), torch.cat([across.T, within_b], 1)])
         value = sliced_with_labels(x, a.index, y, b.index, blocks, projections, seed)
@@ -271,4 +199,7 @@ def otdd(
     scale = (mean_cost(a, within_a) + mean_cost(b, within_b)) / 2
     fallback = float((x.detach().mean(0) - y.detach().mean(0)).square().sum() + across.detach().mean())
     temperature = _temperature(epsilon, epsilon_units, scale, fallback)
-    return _sinkhorn(a, b, temperature, tolerance, max_iterations, None, (across, within_a, within_b))
+    options = temperature, tolerance, backend
+    term = _term(a, b, across, *options)
+    own = _term(a, a, within_a, *options).value + _term(b, b, within_b, *options).value
+    return OTDDResult((term.value - own / 2).to(x.dtype), term.error, term.iterations, across.detach(), temperature)

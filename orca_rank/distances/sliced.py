@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -72,7 +74,7 @@ class _Coordinates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, distances: Tensor) -> Tensor:
+    def forward(ctx: Any, distances: Tensor) -> Tensor:
         gram = _centre(distances.double()) / -2
         values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         keep = values > 1e-9 * values[-1].clamp_min(1e-300)
@@ -82,7 +84,7 @@ class _Coordinates(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (coordinates,) = ctx.saved_tensors
         inner = (
             grad.double() @ torch.linalg.pinv(coordinates) / 2

@@ -7,10 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from orca_rank.distances._inputs import full_precision, pair, squared_distances
@@ -35,6 +31,11 @@ def proxy_a_distance(
     Raises:
         ValueError: for bad shapes, values that are not finite, or fewer than two folds.
     """
+    from sklearn.linear_model import LogisticRegression  # here, because they take seconds
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = pair(x, y, minimum=2)
     if folds < 2:
         raise ValueError(f"folds must be at least 2, received {folds}")
