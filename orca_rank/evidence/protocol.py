@@ -224,7 +224,7 @@ def best_rate(
         and (predictor_lr is None or row.predictor_lr == predictor_lr)
     }
     seeds = [1000 + seed for seed in range(protocol.rate_seeds)]
-    for _ in range(protocol.steps + 1):
+    for step in range(protocol.steps + 1):
         lacking = [(lr, seed) for lr in grid for seed in seeds if (lr, seed) not in tried]
         if lacking:
             raise Waiting(
@@ -235,10 +235,10 @@ def best_rate(
             )
         means = [math.fsum(tried[lr, seed] for seed in seeds) / len(seeds) for lr in grid]
         best = min(range(len(grid)), key=lambda place: (not math.isfinite(means[place]), means[place]))
-        if 0 < best < len(grid) - 1:
+        if 0 < best < len(grid) - 1 or step == protocol.steps:
             break
         grid = [_rounded(grid[0] / ratio), *grid] if best == 0 else [*grid, _rounded(grid[-1] * ratio)]
-    finite = {lr: mean for lr, mean in zip(grid, means, strict=False) if math.isfinite(mean)}
+    finite = {lr: mean for lr, mean in zip(grid, means, strict=True) if math.isfinite(mean)}
     if not finite:
         raise ValueError(f"every learning rate of {task}, {rule}, rank {rank} diverged: lower evidence.rates")
     return min(finite, key=lambda lr: finite[lr])

@@ -33,13 +33,23 @@ from orca_rank.stages.setup import (
 )
 from orca_rank.stages.trainable import DIRECTIONS, adapter_module, audit, count_parameters, make_trainable
 from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
+from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
 from orca_rank.training.curve import Curve
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 
 console = Console()
-RESULTS = ("metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "rank_losses.safetensors", "log")
+RESULTS = (
+    "metrics.json",
+    "curve.csv",
+    "ranks.json",
+    "model.safetensors",
+    "update.safetensors",
+    "adapter",
+    "rank_losses.safetensors",
+    "log",
+)
 
 
 def tag(config: DictConfig) -> str:
@@ -118,6 +128,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     trained = {"embedder": config.embedder.train, "predictor": not config.predictor.frozen_on_purpose}
     make_trainable(model, config.adapter.method, plan, adapter, **trained)
     audit(model, config.embedder, config.predictor.frozen_on_purpose)
+    update = update_of(model.body, layers, injected) if options.keep_update else None
     counts = count_parameters(model, injected)
     if plan is not None:
         adapted = sum(rank > 0 for rank in plan.ranks.values())
@@ -167,6 +178,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     _write_model(folder, model, plan, task)
+    if update is not None:
+        write_tensors(folder / "update.safetensors", update())
     # Last of all: its presence means done.
     write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
     finish(folder)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import file_hash, read_json, write_json, write_tensors
+from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
@@ -41,6 +41,7 @@ from orca_rank.stages.setup import (
     stage_folder,
 )
 from orca_rank.stages.trainer import device_of
+from orca_rank.task import Task
 
 console = Console()
 
@@ -144,6 +145,8 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     watched = list(dict.fromkeys(modules.values()))
     tokens = options.tokens if options.asks("ot_map", "activation") else 0
     used = [aligned_embedder(config)] if config.embedder.aligned else []
+    fitted = None if config.measure.fitted is None else Path(config.measure.fitted) / "model.safetensors"
+    used += [fitted] if fitted is not None else []
     unfinished = Unfinished(folder, {**made_from, "embedder": [file_hash(path) for path in used]}, force=config.force)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -167,8 +170,9 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
         target = side("target", model, tokens)
         gradients = None
         if options.asks("gradient", "importance", "fisher"):
+            through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
             gradients = unfinished.part(
-                "gradients", passing.gradients, model, sets["target"], watched, options.sign_draws
+                "gradients", passing.gradients, through, sets["target"], watched, options.sign_draws
             )
         found = gaps("target", target)
         bar = passing.bar("spectra", len(layers))
@@ -194,6 +198,27 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     write_json(folder / "layers.json", payload, config=made_from, inputs=used)
     unfinished.drop()
     return measured
+
+
+def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
+    """The model with the embedder and the predictor of a finished fine-tune: through a predictor that has learned
+    nothing yet, gradients say what its random weights say.
+
+    Raises:
+        FileNotFoundError: if the fine-tune left nothing. ValueError: if it does not fit.
+    """
+    tensors = read_tensors(path, "stage=finetune")
+    model = build_model(config, task).eval().requires_grad_(False)
+    for name in ("embedder", "predictor"):
+        part = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        try:
+            getattr(model, name).load_state_dict(part)
+        except RuntimeError as error:
+            raise ValueError(
+                f"measure.fitted: the {name} of {path} does not fit ({str(error).splitlines()[-1].strip()}): name a "
+                f"fine-tune of this backbone, predictor and data"
+            ) from error
+    return model
 
 
 def _try_out(config: DictConfig, options: GapOptions, data: L.LightningDataModule) -> None:

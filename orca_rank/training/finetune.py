@@ -13,7 +13,7 @@ from torch import Tensor
 
 from orca_rank import adapters
 from orca_rank.backbone import OrcaModel
-from orca_rank.options import number, one_of, whole
+from orca_rank.options import flag, number, one_of, whole
 from orca_rank.task import Task
 from orca_rank.training.schedule import SCHEDULES, Schedule
 
@@ -36,6 +36,7 @@ class FinetuneOptions:
     patience: int | None = None
     predictor_lr: float | None = None
     embedder_lr: float | None = None
+    keep_update: bool = False
 
     def __post_init__(self) -> None:
         whole("finetune.epochs", self.epochs)
@@ -48,6 +49,7 @@ class FinetuneOptions:
         whole("finetune.patience", self.patience, null=True)
         number("finetune.predictor_lr", self.predictor_lr, above=0, null=True)
         number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
+        flag("finetune.keep_update", self.keep_update)
 
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""

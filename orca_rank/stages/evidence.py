@@ -1,0 +1,227 @@
+"""stage=evidence: many fine-tunes at equal budgets, and the verdicts that they support."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orca_rank.artifacts.files import read_json, write_csv, write_json
+from orca_rank.artifacts.provenance import differences
+from orca_rank.evidence.compare import half_width
+from orca_rank.evidence.protocol import UNIFORM, Point, Protocol, Row, most, pending, rank_matters
+from orca_rank.evidence.verdicts import (
+    MARGIN,
+    Claim,
+    gap_against_shuffled,
+    parameters_at_equal_error,
+    rank_grows_with_gap,
+    ranks_matter,
+    recommended,
+    rules_against_uniform,
+)
+from orca_rank.measuring.records import Layer
+from orca_rank.stages import finetune, measure
+from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
+from orca_rank.stages.setup import stage_folder
+
+console = Console(highlight=False)
+SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of this size, before this one has its own
+
+
+def run(config: DictConfig) -> None:
+    """Run what the protocol asks for, point by point, and write evidence/evidence.csv and evidence/claims.json.
+
+    Every point is a fine-tune in evidence/<task>/finetune/; one that is there is not run again, so that the same
+    command goes on where it stopped.
+
+    Raises:
+        ValueError: an option out of range, adapters whose scale depends on their rank, or rows of other options.
+    """
+    protocol = protocol_of(config)
+    if config.adapter.module.get("scaling") != "constant":
+        raise ValueError(
+            f"stage=evidence compares plans at one scale, received adapter.module.scaling="
+            f"{config.adapter.module.get('scaling')}: under α/r a plan also gives every layer its own learning rate; "
+            f"set adapter.module.scaling=constant"
+        )
+    folder = stage_folder(config, "evidence")
+    _announce(protocol)
+    costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
+    rows = read_rows(config, folder, protocol)
+    started, begun = time.monotonic(), len(rows)
+    while points := pending(protocol, rows):
+        done = len(rows) - begun
+        if config.evidence.most_points is not None and done >= config.evidence.most_points:
+            console.print(f"stopped after {done} fine-tunes (evidence.most_points={done}); {len(points)} can run now")
+            break
+        left = max(most(protocol) - len(rows), len(points)) * (time.monotonic() - started) / max(done, 1)
+        time_left = f", at most {left / 3600:.1f} h left" if done else ""
+        console.print(f"{len(rows)} done{time_left}: {points[0].task} {points[0].name}", soft_wrap=True)
+        rows.append(_run_point(config, folder, points[0], costs[points[0].task], protocol))
+        _collect(folder, rows)
+    _conclude(config, folder, protocol, rows)
+
+
+def protocol_of(config: DictConfig) -> Protocol:
+    """The options of config.evidence as they travel.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+    given = config.evidence
+    return Protocol(
+        tasks=tuple(given.tasks),
+        rules=tuple(given.rules),
+        budgets=tuple(given.budgets),
+        gate=tuple(given.gate),
+        seeds=given.seeds,
+        gate_seeds=given.gate_seeds,
+        rate_seeds=given.rate_seeds,
+        many=dict(given.many),
+        permuted=tuple(given.permuted),
+        permutations=given.permutations,
+        rates=tuple(given.rates),
+        steps=given.steps,
+        own_rates=given.own_rates,
+    )
+
+
+def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]:
+    """The rows of the points that are done.
+
+    Raises:
+        ValueError: if a row was made with other options than the task has now.
+    """
+    rows = []
+    for task in protocol.tasks:
+        options = task_options(config, task)
+        for path in sorted((folder / task / "rows").glob("*.json")):
+            stored = read_json(path, "stage=evidence")
+            if changed := sorted(differences(stored["config"], options)):
+                raise ValueError(
+                    f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
+                    f"remove {folder / task}"
+                )
+            rows.append(Row.from_dict({name: str(value) for name, value in stored["row"].items()}))
+    return rows
+
+
+def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> Row:
+    if point.part in ("rules", "own_rates") and point.rule != UNIFORM:
+        _measured(config, folder, point.task, protocol)
+    run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
+    finetune.run(run)
+    path = folder / point.task / "finetune" / point.name / "metrics.json"
+    metrics = read_json(path, "stage=evidence")
+    row = Row(
+        **vars(point),
+        val=float(metrics[f"val/{metrics['metric']}"]),
+        test=float(metrics[f"test/{metrics['metric']}"]),
+        parameters=int(metrics["trainable_parameters"]["total"]),
+        seconds=float(metrics["seconds"]),
+    )
+    write_json(
+        folder / point.task / "rows" / f"{point.name}.json",
+        {"row": row.to_dict()},
+        config=task_options(config, point.task),
+    )
+    return row
+
+
+def _is_donor(protocol: Protocol, point: Point) -> bool:
+    """Whether rank=trained reads what this point learns: the first run of the curve's largest uniform rank."""
+    return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate), 0)
+
+
+def _measured(config: DictConfig, folder: Path, task: str, protocol: Protocol) -> None:
+    """The gaps and spectra that the rules read, once a task, with the predictor of the frozen body's first run: through
+    a random predictor gradients see noise."""
+    if (folder / task / "measure" / "layers.json").exists():
+        return
+    fitted = next(path for path in sorted((folder / task / "finetune").glob("gate-frozen-*-s0-*")) if path.is_dir())
+    measure.run(for_task(config, folder, task, {"measure": {"fitted": str(fitted)}}))
+
+
+def _collect(folder: Path, rows: Sequence[Row]) -> None:
+    order = sorted(rows, key=lambda row: (row.task, row.part, row.rule, row.rank, row.permutation, row.seed, row.lr))
+    write_csv(folder / "evidence.csv", [row.to_dict() for row in order])
+
+
+def _announce(protocol: Protocol) -> None:
+    """What the run can tell apart, before any work: half the 95 % interval of a paired difference."""
+    seeds = sorted({protocol.seeds_of(rule) for rule in (UNIFORM, *protocol.rules)})
+    widths = ", ".join(f"±{half_width(SPREAD, count):.1f} % with {count} seeds" for count in seeds)
+    console.print(
+        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, at most {most(protocol)} fine-tunes; on one task a "
+        f"difference to uniform will be known to {widths} if seeds spread by {SPREAD} % (equivalence is asked within "
+        f"±{MARGIN:g} %)"
+    )
+
+
+def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> Iterator[Claim]:
+    """Every verdict that the rows allow, tasks together before tasks apart.
+
+    Args:
+        gaps: task -> median calibrated gap over its layers.
+    """
+    yield from ranks_matter(protocol, rows)
+    compared = [task for task in protocol.tasks if any(row.part == "rules" and row.task == task for row in rows)]
+    groups = [compared] if len(compared) > 1 else []
+    groups += [[task] for task in compared]
+    for rank in protocol.budgets:
+        for tasks in groups:
+            for control in protocol.permuted:
+                yield from gap_against_shuffled(rows, tasks, rank, control=control)
+            yield from rules_against_uniform(rows, tasks, rank)
+        for rule in protocol.rules:
+            yield from parameters_at_equal_error(protocol, rows, compared, rank, rule)
+    if protocol.own_rates is not None:
+        for tasks in groups:
+            yield from rules_against_uniform(rows, tasks, protocol.own_rates, "own_rates")
+    yield from rank_grows_with_gap(protocol, rows, gaps)
+
+
+def _conclude(config: DictConfig, folder: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
+    gaps = {}
+    for task in protocol.tasks:
+        path = folder / task / "measure" / "layers.json"
+        if path.exists():
+            layers = [Layer.from_dict(record) for record in read_json(path, "stage=evidence")["layers"]]
+            gaps[task] = median(layer.gap[config.evidence.metric].value for layer in layers)
+    found = list(claims(protocol, rows, gaps))
+    answers = []
+    for task in protocol.tasks:
+        try:
+            rank_matters(protocol, rows, task)
+        except ValueError:
+            continue  # its curve has not been run yet
+        answers.append(recommended(protocol, rows, task))
+    payload: dict[str, Any] = {
+        "claims": [claim.to_dict() for claim in found],
+        "recommended": answers,
+        "gaps": gaps,
+        "runs": len(rows),
+        "seconds": sum(row.seconds for row in rows),
+    }
+    write_json(folder / "claims.json", payload)
+    table = Table("claim", "verdict", "figure", "95 % interval", "runs")
+    for claim in found:
+        table.add_row(
+            escape(claim.claim),
+            claim.verdict,
+            f"{claim.estimate:+.2f} {claim.unit}",
+            f"{claim.low:+.2f} to {claim.high:+.2f}",
+            str(claim.runs),
+        )
+    console.print(table)
+    for answer in answers:
+        console.print(answer, soft_wrap=True, markup=False)
+    console.print(f"written to {folder / 'evidence.csv'} and {folder / 'claims.json'}", soft_wrap=True)

@@ -1,0 +1,82 @@
+"""The config of one point of the evidence, from the run's config and the point."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from orca_rank.artifacts.provenance import plain, select
+from orca_rank.backbone import adaptable_layers
+from orca_rank.build import build
+from orca_rank.evidence.protocol import FROZEN, FULL, UNIFORM, Point
+from orca_rank.stages.setup import bare_model, outline
+
+# What every fine-tune of a task has in common; what a point chooses itself is not among it.
+SECTIONS = ("data", "source", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer", "gap")
+
+
+def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, Any]) -> DictConfig:
+    """The run's config for a task, its run folder being <folder>/<task>, with further options merged in."""
+    cache = str(config.paths.cache)
+    own = copy.deepcopy(config)
+    OmegaConf.set_struct(own, False)
+    for name, node in config.evidence.tasks[task].items():
+        own[name] = OmegaConf.merge(own[name], node) if name == "finetune" else copy.deepcopy(node)
+    own.paths.runs, own.paths.cache, own.run = str(folder), cache, task
+    own.embedder.aligned = False
+    return OmegaConf.merge(own, OmegaConf.create(dict(options)))
+
+
+def task_options(config: DictConfig, task: str) -> dict[str, Any]:
+    """What the rows of a task depend on, as plain values."""
+    return select(for_task(config, Path("."), task, {}), *SECTIONS)
+
+
+def cost_of_one_rank(config: DictConfig, task: str) -> int:
+    """Parameters of rank 1 in every layer: Σ (d_in + d_out)."""
+    own = for_task(config, Path("."), task, {})
+    body = bare_model(own, outline(build(own.data))).body
+    return sum(layer.cost for layer in adaptable_layers(body, own.layers.target, own.layers.qkv))
+
+
+def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_update: bool = False) -> DictConfig:
+    """The config with which stage=finetune runs a point.
+
+    Args:
+        folder: of the evidence. cost: see `cost_of_one_rank`. keep_update: whether the learned ΔW is written.
+    """
+    own = for_task(
+        config,
+        folder,
+        point.task,
+        {
+            "seed": point.seed,
+            "finetune": {
+                "tag": point.name,
+                "optimizer": {"lr": point.lr},
+                "predictor_lr": point.predictor_lr,
+                "embedder_lr": point.predictor_lr,
+                "keep_update": keep_update,
+            },
+        },
+    )
+    if point.rule in (FROZEN, FULL):
+        own.adapter = {"name": point.rule, "method": "probe" if point.rule == FROZEN else "full"}
+        return own
+    if point.rule == UNIFORM:
+        own.rank = {"_target_": "orca_rank.ranks.uniform", "_partial_": True, "r": point.rank}
+        return own
+    node = plain(config.evidence.rules[point.rule])
+    if point.rule in config.evidence.permuted:
+        node["permutation"] = point.permutation
+    if node["_target_"] == "orca_rank.ranks.trained":
+        (donor,) = (folder / point.task / "finetune").glob(f"gate-uniform-r{max(config.evidence.gate)}-s0-*")
+        node["update"] = str(donor / "update.safetensors")
+    own.rank = node
+    least = int(config.evidence.r_min.get(point.rule, 0))
+    own.budget = {"mean_rank": None, "total_rank": None, "parameters": cost * point.rank, "r_min": least, "r_max": None}
+    return own
