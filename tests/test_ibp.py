@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from orca_rank import ranks
+from orca_rank.measuring.records import Gap
 from orca_rank.ranks import Budget, Layer
 from orca_rank.ranks.ibp import (
     beta_bernoulli_law,
@@ -131,7 +132,7 @@ def test_concentration_has_the_asked_mean():
 
 
 def layers(*values):
-    return [Layer(f"l{i}", 64, 64, {"mmd": {"value": float(v)}}) for i, v in enumerate(values)]
+    return [Layer(f"l{i}", 64, 64, {"mmd": Gap(float(v))}) for i, v in enumerate(values)]
 
 
 def test_rules_with_a_given_mean_need_no_budget():

@@ -1,12 +1,14 @@
 """Lean forward passes of timm's Swin and ViT blocks: they hand each adapted Linear what comes before it.
 
-Nothing of timm is imported: a block is recognised by the parts that its forward pass reads. Where something is in the
-way (a hook, a trained LayerNorm, active dropout, padding, compilation, no gradient) the block runs its own code.
+Nothing of timm is imported: a block, typed as Any, is recognised by the parts that its forward pass reads. Where
+something is in the way (a hook, a trained LayerNorm, active dropout, padding, compilation, no gradient) the block runs
+its own code.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +49,11 @@ def _has(module: nn.Module, names: tuple[str, ...]) -> bool:
     return all(hasattr(module, name) for name in names)
 
 
-def _is_swin(block: nn.Module) -> bool:
+def _is_swin(block: Any) -> bool:
     return _has(block, SWIN) and _has(block.attn, SWIN_ATTENTION) and _has(block.mlp, MLP)
 
 
-def _is_vit(block: nn.Module) -> bool:
+def _is_vit(block: Any) -> bool:
     return _has(block, VIT) and not hasattr(block, "window_size") and _has(block.mlp, MLP)
 
 
@@ -80,7 +82,7 @@ def run_after(
     return linear(before(x))
 
 
-def mlp(module: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+def mlp(module: Any, norm: nn.Module, x: Tensor) -> Tensor:
     """fc2(act(fc1(norm(x)))) of timm's Mlp."""
     h = run_after(module.fc1, norm, x)  # (..., d) -> (..., 4d)
     if not isinstance(module.norm, nn.Identity) or (module.drop1.p > 0 and module.training):
@@ -88,7 +90,7 @@ def mlp(module: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return module.drop2(run_after(module.fc2, module.act, h, reuse=True))
 
 
-def swin_block(block: nn.Module, x: Tensor) -> Tensor:
+def swin_block(block: Any, x: Tensor) -> Tensor:
     """timm's SwinTransformerBlock.forward. (B, H, W, C) -> (B, H, W, C)"""
     b, h, w, c = x.shape
     wh, ww = block.window_size
@@ -112,7 +114,7 @@ def swin_block(block: nn.Module, x: Tensor) -> Tensor:
     return (x + block.drop_path2(mlp(block.mlp, block.norm2, x))).reshape(b, h, w, c)
 
 
-def window_attention(attn: nn.Module, norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def window_attention(attn: Any, norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """timm's WindowAttention.forward after its norm, which works token by token and so commutes with windowing."""
     qkv = run_after(attn.qkv, norm, x)  # (B nW, T, C) -> (B nW, T, 3C)
     bias = attn._get_rel_pos_bias()  # (1, heads, T, T)
@@ -143,7 +145,8 @@ def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-class Attention(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Attention:
     """Multi-head attention from q, k, v, with its gradient written out: no copies into and out of the fused layout."""
 
     heads: int
@@ -174,7 +177,7 @@ class Attention(NamedTuple):
         return weighted_sum(weights, v), pull
 
 
-def vit_block(block: nn.Module, x: Tensor, *args: Tensor, **options: Tensor) -> Tensor:
+def vit_block(block: Any, x: Tensor, *args: Tensor, **options: Tensor) -> Tensor:
     """timm's ViT Block.forward with a lean MLP half. (B, T, C) -> (B, T, C)"""
     if _in_the_way(block):
         return type(block).forward(block, x, *args, **options)

@@ -88,8 +88,10 @@ class LeanLinear(torch.autograd.Function):
         w = plan.matrix(weight, a, bs)
         own_bias = None if bias is None else bias.to(plan.dtype)
         # Where the Bs cover every output, the bias rides on their product and costs no pass over y of its own.
-        rides = own_bias is not None and not plan.dense and sum(len(b) for b in bs) == len(w)
-        wide = [torch.cat([b, own_bias[part, None]], 1) for part, b in zip(plan.rows, bs, strict=True)] if rides else bs
+        rides, wide = False, bs
+        if own_bias is not None and not plan.dense and sum(len(b) for b in bs) == len(w):
+            rides = True
+            wide = tuple(torch.cat([b, own_bias[part, None]], 1) for part, b in zip(plan.rows, bs, strict=True))
         y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(w), dtype=plan.dtype)
         z = None if keeps_inputs or plan.dense or not learns_b else y.new_empty(len(y), len(a))
         for entries, rows in plan.chunks(inputs[0]):
@@ -124,14 +126,15 @@ class LeanLinear(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4 + count :]
         w = plan.matrix(weight, a, bs)
         dy = dy.reshape(-1, len(w))  # (N, d_out)
-        dw = torch.zeros_like(w) if plan.dense else None
+        dw = torch.zeros_like(w if plan.dense else w[:0])
         da, dbs = torch.zeros_like(a), [torch.zeros_like(b.T) for b in bs]
         dx: list[Any] = [None] * len(inputs)
         like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shapes[0])
         for entries, rows in plan.chunks(like):
             given = [x[entries] for x in inputs] if ctx.keeps_inputs else []
             u, pull = _rebuild(plan, given, wanted, ctx.autocast)
-            flat = None if u is None else u.detach().reshape(-1, a.shape[1]).to(plan.dtype)
+            # Whatever needs u below has kept the inputs that it is rebuilt from.
+            flat = dy.new_empty(0) if u is None else u.detach().reshape(-1, a.shape[1]).to(plan.dtype)
             dy_own = dy[rows]
             if plan.dense:
                 if learns_a or learns_b:

@@ -83,9 +83,10 @@ def has_fast_route(metric: Metric) -> bool:
 def _unwrap(metric: Metric) -> tuple[Metric, dict[str, Any]]:
     """The function behind nested partials and their keyword options."""
     options: dict[str, Any] = {}
-    while isinstance(metric, functools.partial):
-        metric, options = metric.func, {**metric.keywords, **options}
-    return metric, options
+    inner: Any = metric
+    while isinstance(inner, functools.partial):
+        inner, options = inner.func, {**inner.keywords, **options}
+    return inner, options
 
 
 def _kernel_score(function: Metric, options: dict[str, Any], pooled: np.ndarray) -> Score:
@@ -163,7 +164,7 @@ def _general_score(
 
     def call(x: torch.Tensor, y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
         with torch.no_grad():
-            result = metric(x, left, y, right) if needs_labels else metric(x, y)
+            result: Any = metric(x, left, y, right) if needs_labels else metric(x, y)
         return float(getattr(result, "value", result))
 
     def between(groups: Sequence[np.ndarray], pairs: Pairs) -> np.ndarray:

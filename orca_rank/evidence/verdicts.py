@@ -6,7 +6,7 @@ Differences are per cent of uniform's mean test error on the task, negative wher
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -129,7 +129,7 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
         if len(seeds) < 2:
             continue
         gate = rank_matters(protocol, rows, task)
-        scale = 100 / np.mean(list(errors[low].values()))
+        scale = 100 / float(np.mean(list(errors[low].values())))
         estimate = paired([scale * (errors[high][seed] - errors[low][seed]) for seed in seeds])
         below, above = estimate.interval()
         claims.append(
@@ -213,7 +213,7 @@ def parameters_at_equal_error(
     note = f"from the slope of uniform's rank curve{'; no slope on ' + ', '.join(left_out) if left_out else ''}"
     text = f"{rule} needs fewer parameters than uniform for the error that uniform has at r = {rank}, {_where(tasks)}"
     claim = _claim(text, estimate, estimate.p, 1.0, note)
-    return [Claim(**{**claim.to_dict(), "unit": "% of the parameters"})]
+    return [replace(claim, unit="% of the parameters")]
 
 
 def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:

@@ -150,7 +150,8 @@ def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
 
 def placeholder(options: GapOptions, layer: Layer) -> Layer:
     """A layer with a stand-in for everything that will be measured, to try a rank rule before the work is done."""
-    asks, gaps = options.asks, {}
+    asks = options.asks
+    gaps: dict[str, Gap] = {}
     for metric, function in options.metrics.items():
         p = 0.5 if options.draws(function).permutations else None
         names = (metric, *(f"{metric}_{variant}" for variant in options.variants))

@@ -55,10 +55,14 @@ def _group(name: str, by: str) -> str:
 def _shared(members: Sequence[Layer]) -> Layer:
     """The first of the members with the group's means in place of its own."""
     metrics = [metric for metric in members[0].gap if all(metric in member.gap for member in members)]
-    stable = _mean([member.weight and member.weight.stable_rank for member in members])
-    effective = _mean([member.weight and member.weight.effective_rank for member in members])
-    before = _mean([member.intrinsic_dimension and member.intrinsic_dimension.input for member in members])
-    after = _mean([member.intrinsic_dimension and member.intrinsic_dimension.output for member in members])
+    stable = _mean([None if member.weight is None else member.weight.stable_rank for member in members])
+    effective = _mean([None if member.weight is None else member.weight.effective_rank for member in members])
+    before = _mean(
+        [None if member.intrinsic_dimension is None else member.intrinsic_dimension.input for member in members]
+    )
+    after = _mean(
+        [None if member.intrinsic_dimension is None else member.intrinsic_dimension.output for member in members]
+    )
     return replace(
         members[0],
         gap={metric: _mean_gap([member.gap[metric] for member in members]) for metric in metrics},

@@ -76,8 +76,8 @@ def posterior(
         named = {name: int(grid[probability.argmax()]) for name, probability in chosen.items()}
         return RankPlan(named, "posterior", None, options)
     units = np.arange(1, grid.max() + 1)
-    values = [(chosen[layer.name][None] * (grid >= units[:, None])).sum(1) for layer in records]  # P(r >= k)
-    return RankPlan(greedy(records, budget, values), "posterior", budget, options)
+    survival = [(chosen[layer.name][None] * (grid >= units[:, None])).sum(1) for layer in records]  # P(r >= k)
+    return RankPlan(greedy(records, budget, survival), "posterior", budget, options)
 
 
 def rank_prior(alpha: float, ranks: Int[np.ndarray, " ranks"]) -> Float[np.ndarray, " ranks"]:

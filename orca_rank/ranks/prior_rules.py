@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,14 @@ def ibp_count(
     Raises:
         ValueError: for a bad option, or an `a` whose ranks exceed the budget.
     """
-    options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
+    options: dict[str, Any] = {
+        "a": a,
+        "gamma": gamma,
+        "metric": metric,
+        "statistic": statistic,
+        "quantile": quantile,
+        "seed": seed,
+    }
     return _from_prior("ibp_count", poisson_law, layers, budget, options)
 
 
@@ -58,7 +66,14 @@ def ibp_stick(
     `statistic="mode"` is refused: this law is largest at r_min whatever the gap."""
     if statistic == "mode":
         raise ValueError("the mode of ibp_stick is r_min for every gap: take statistic=mean, quantile or sample")
-    options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
+    options: dict[str, Any] = {
+        "a": a,
+        "gamma": gamma,
+        "metric": metric,
+        "statistic": statistic,
+        "quantile": quantile,
+        "seed": seed,
+    }
     return _from_prior("ibp_stick", stick_law, layers, budget, options)
 
 
@@ -76,7 +91,14 @@ def beta_bernoulli(
 ) -> RankPlan:
     """r_i ~ Binomial(K, α_i/(K + α_i)), the finite beta-Bernoulli prior with K = `features` (by default the highest
     rank allowed in the layer), which no rank exceeds; other arguments and errors as in `ibp_count`."""
-    options = {"a": a, "gamma": gamma, "metric": metric, "statistic": statistic, "quantile": quantile, "seed": seed}
+    options: dict[str, Any] = {
+        "a": a,
+        "gamma": gamma,
+        "metric": metric,
+        "statistic": statistic,
+        "quantile": quantile,
+        "seed": seed,
+    }
     if features is not None and features < max(1, 0 if budget is None else budget.r_min):
         raise ValueError(f"features is the highest rank: it must be at least 1 and budget.r_min, got {features}")
 
@@ -92,7 +114,7 @@ def _from_prior(
     law: Law,
     layers: Sequence[LayerLike],
     budget: Budget | None,
-    options: dict[str, object],
+    options: dict[str, Any],
     r_max: int | None = None,
 ) -> RankPlan:
     records = as_layers(layers)
@@ -128,7 +150,7 @@ def _from_prior(
         return np.minimum(below.sum(axis=1), high)
 
     if a is None:
-        level, named = share_along(records, limit, power(gaps, gamma), means, ranks)
+        level, named = share_along(records, need_budget(limit, rule), power(gaps, gamma), means, ranks)
         return RankPlan(named, rule, budget, {**options, "a": level})
     chosen = _largest_remainder(means(1.0)) if statistic == "mean" else ranks(1.0)
     plan = RankPlan({layer.name: int(r) for layer, r in zip(records, chosen, strict=True)}, rule, budget, options)

@@ -169,9 +169,9 @@ def stable_rank(
         raise ValueError(f"statistic must be stable_rank or effective_rank, got {statistic!r}")
 
     def read(layer: Layer) -> float | None:
-        return layer.weight and (
-            layer.weight.stable_rank if statistic == "stable_rank" else layer.weight.effective_rank
-        )
+        if layer.weight is None:
+            return None
+        return layer.weight.stable_rank if statistic == "stable_rank" else layer.weight.effective_rank
 
     return _by_number(layers, budget, "stable_rank", f"weight.{statistic}", read, {"statistic": statistic})
 

@@ -51,7 +51,9 @@ def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho
     records = as_layers(layers)
     limit = need_budget(budget, "activation")
     spectra = _spectra(records, "activation")
-    values = [np.square(one.singular_values) / one.energy if one.energy > 0 else [] for one in spectra]
+    values: list[np.ndarray] = [
+        np.square(one.singular_values) / one.energy if one.energy > 0 else np.zeros(0) for one in spectra
+    ]
     even = limit.allowed(records) / sum(limit.unit_costs(records))
     cap = max(limit.r_min, int(np.ceil(rho * even)))
     capped = replace(limit, r_max=cap if limit.r_max is None else min(cap, limit.r_max))

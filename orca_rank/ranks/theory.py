@@ -59,7 +59,7 @@ def theory(
     top = {layer.name: layer.full_rank for layer in records}
     if budget is not None:
         low = dict(zip(low, budget.bounds(records)[0], strict=True))
-        top = uniform(records, budget).ranks
+        top = dict(uniform(records, budget).ranks)
     ranks = {name: max(low[name], min(rank, top[name])) for name, rank in wanted.items()}
     return RankPlan(ranks, "theory", budget, options)
 

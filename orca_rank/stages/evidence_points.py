@@ -28,7 +28,8 @@ def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, 
         own[name] = OmegaConf.merge(own[name], node) if name == "finetune" else copy.deepcopy(node)
     own.paths.runs, own.paths.cache, own.run = str(folder), cache, task
     own.embedder.aligned = False
-    return OmegaConf.merge(own, OmegaConf.create(dict(options)))
+    own.merge_with(OmegaConf.create(dict(options)))
+    return own
 
 
 def task_options(config: DictConfig, task: str) -> dict[str, Any]:

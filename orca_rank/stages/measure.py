@@ -103,9 +103,7 @@ class Pass:
         )
         return Side(inputs, Labeller(y, self.clusters, self.seed)(y).numpy())
 
-    def gradients(
-        self, model: OrcaModel, data: L.LightningDataModule, watched: Sequence[str], draws: int
-    ) -> dict[str, Gradients]:
+    def gradients(self, model: OrcaModel, data: Any, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
         """The target's loss at the start of fine-tuning, backward to every watched module."""
         model, loader, samples = self._ready(model, data)
         return collect_gradients(
@@ -244,7 +242,9 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
 
 def _ready(node: DictConfig, batch_size: int | None) -> Any:
     """A data module, ready for its training loader, with this batch size where it has one."""
-    return ready(node, **({"batch_size": batch_size} if "batch_size" in node and batch_size is not None else {}))
+    if batch_size is None or "batch_size" not in node:
+        return ready(node)
+    return ready(node, batch_size=batch_size)
 
 
 def _print(layers: Sequence[Layer]) -> None:
