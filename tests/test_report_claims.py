@@ -77,6 +77,7 @@ def test_the_plot_draws_estimates_intervals_and_the_margin() -> None:
     (band,) = axis.patches
     assert (band.get_x(), band.get_width()) == (-MARGIN, 2 * MARGIN)
     assert [text.get_text() for text in axis.texts] == ["supported", "undecided"]
+    assert axis.get_xlabel() == "difference of the test error (%)"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a beats uniform", "c" * 69 + "…"]
     assert png(figure, 50).startswith(b"\x89PNG")
 

@@ -143,6 +143,8 @@ def test_differences_to_uniform_are_paired_by_seed(config: DictConfig, run: Path
         "better"
     ) in found
     place = found.index("pairs") + 1
+    head = ["#", "adapter", "rule", "budget", "seeds", "adapter parameters", "test error", "difference to uniform (%)"]
+    assert found[place - 9 : place - 1] == head
     assert found[place : place + 8] == ["1", "lora", "proportional", "mean_rank=4", "2", "300", "0.32 [-1.078, 1.718]",
                                         f"6.667 [{expected[0]:.4g}, {expected[1]:.4g}]"]  # fmt: skip
     assert any(
@@ -248,8 +250,7 @@ def test_long_tables_are_cut_and_say_so(config: DictConfig, run: Path, monkeypat
         "epoch."
     ) in found
     assert (
-        "Parameters that are trained, by part; the whole model has 9,000. 1 more fine-tunes are in summary.csv."
-        in found
+        "Parameters that are trained, by part; the whole model has 9,000. 1 more fine-tune is in summary.csv." in found
     )
     assert len(summary(tunes(run))) == 3
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig
 from run_folders import NAMES, align, counts, finetune, layers, measure, words
 
 from orca_rank.artifacts.files import write_json
+from orca_rank.report import sections
 from orca_rank.stages import report
 
 NOTE = "ρ: Spearman's rank correlation"
@@ -224,3 +226,30 @@ def test_baselines_are_compared_with_in_words(
         for text in sentences(run)
     )
     assert "for comparison, solver on the coarse grid: relative L2 0.0625" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "said"), [(7, "1 more plan is"), (8, "2 more plans are")])
+def test_plans_that_are_not_drawn_are_counted(config: DictConfig, run: Path, count: int, said: str) -> None:
+    for i in range(count):
+        finetune(run, f"t{i}", 0.5, adapter=100 + i)
+    report.run(config)
+    assert f"Rank per layer of every plan in this run. {said} in the table only." in sentences(run)
+
+
+def test_the_axes_of_distances_say_which_distance(
+    config: DictConfig, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"before": {"value": 2.0}, "after": {"value": 1.0}}
+    payload = {"objective": "mmd", "distances": dict.fromkeys(("otdd", "mmd", "sliced", "own"), pair)}
+    write_json(run / "align/metrics.json", payload)
+    drawn: list[list[str]] = []
+    figure = sections.alignment_figure
+
+    def watch(curve: Any, distances: Any, objective: str) -> Any:
+        drawn.append([*distances, objective])
+        return figure(curve, distances, objective)
+
+    monkeypatch.setattr(sections, "alignment_figure", watch)
+    report.run(config)
+    labels = ["OTDD, full squared cost", "MMD², unbiased", "d · sliced W₂²", "own", "MMD (training)"]
+    assert drawn == [labels]

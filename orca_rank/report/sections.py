@@ -175,7 +175,8 @@ def ranks(page: Page, run: RunFolder) -> None:
         rows.append(row)
     shown = {_plan_title(titles, first[key][0]): first[key][0].ranks for key, titles in list(groups.items())[:_PLANS]}
     over = f" The line is the calibrated {words(metric)} gap." if known else ""
-    more = f" {len(groups) - _PLANS} more plans are in the table only." if len(groups) > _PLANS else ""
+    left = len(groups) - _PLANS
+    more = f" {left} more {'plan is' if left == 1 else 'plans are'} in the table only." if left > 0 else ""
     page.figure("ranks", rank_figure(shown, known, metric), f"Rank per layer of every plan in this run.{over}{more}")
     page.table(rows, "ρ: Spearman's rank correlation between rank and gap; empty where one of them is constant")
 
@@ -211,7 +212,7 @@ def parameters(page: Page, run: RunFolder) -> None:
         "parameters",
         parts_figure({name: count.parts for name, count in counts.items()}),
         f"Parameters that are trained, by part; the whole model has {list(counts.values())[-1].model:,}."
-        + (f" {more} more fine-tunes are in summary.csv." if more > 0 else ""),
+        + (f" {more} more {'fine-tune is' if more == 1 else 'fine-tunes are'} in summary.csv." if more > 0 else ""),
     )
     page.table(
         [
