@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orca_rank.adapters import adapter_state_dict, inject
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import read_json, read_tensors
+from orca_rank.artifacts.files import read_json, read_record, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build
 from orca_rank.predictors.orca import orca
@@ -63,7 +63,7 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
             f"{metrics['backbone']['config']}"
         )
     if config["adapter"]["method"] == "inject":
-        plan = RankPlan.from_dict(read_json(folder / "ranks.json", "stage=finetune"))
+        plan = read_record(folder / "ranks.json", "stage=finetune", RankPlan.from_dict)
         inject(model.body, plan, adapter=build(metrics["adapter_module"]))
     result = model.load_state_dict(tensors, strict=False)
     trained = {f"body.{name}" for name in adapter_state_dict(model.body)}

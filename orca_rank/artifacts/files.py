@@ -14,15 +14,18 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from orca_rank.artifacts.command import command
+from orca_rank.artifacts.damaged import DamagedFile, reading
+
+Record = TypeVar("Record")
 
 
 @contextlib.contextmanager
@@ -93,20 +96,27 @@ def read_json(path: Path, made_by: str) -> dict[str, Any]:
     """Read an artefact that `python -m orca_rank <made_by>` writes.
 
     Raises:
-        FileNotFoundError: if it is missing. ValueError: if it is damaged, or of another schema.
+        FileNotFoundError: if it is missing. DamagedFile: if it is damaged, or of another schema.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run `{command(made_by)}` first")
     try:
-        payload = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
+        payload = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
     found = payload.get("schema") if isinstance(payload, dict) else None
     if found != SCHEMA:
-        raise ValueError(
+        raise DamagedFile(
             f"{path} has schema {found}, this version reads {SCHEMA}: run `{command(made_by, 'force=true')}`"
         )
     return payload
+
+
+def read_record(path: Path, made_by: str, parse: Callable[[dict[str, Any]], Record]) -> Record:
+    """What `parse` makes of an artefact that `read_json` reads; where it cannot, that is an error like there."""
+    payload = read_json(path, made_by)
+    with reading(path, f"run `{command(made_by, 'force=true')}`"):
+        return parse(payload)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -131,8 +141,8 @@ def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
+    except (SafetensorError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): run `{command(made_by, 'force=true')}`") from error
 
 
 def _jsonable(value: Any) -> Any:

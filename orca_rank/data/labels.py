@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ def _check_classes(found: Sequence[Class], count: int, name: str) -> None:
 def _some(classes: Sequence[Class]) -> str:
     """A few of the classes in words."""
     numbers = [label for label in classes if not isinstance(label, str)]
-    if len(numbers) == len(classes) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if len(numbers) == len(classes) > 3 and all(b - a == 1 for a, b in pairwise(numbers)):
         return f"{numbers[0]} … {numbers[-1]}"
     shown = [repr(label) if isinstance(label, str) else str(label) for label in classes]
     return ", ".join(shown) if len(shown) <= 8 else f"{', '.join(shown[:6])}, …, {shown[-1]} ({len(shown)} of them)"

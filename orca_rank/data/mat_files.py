@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
 import numpy as np
-import scipy.io
 from jaxtyping import Float
 
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
+from orca_rank.data import mat5
 from orca_rank.data.fields import kept
 
 NAMES = ("coeff", "sol")
 _MEND = "unpack or download it again, or use data=darcy, which makes equivalent data"
+_NO_MAT = f"it is not a whole MATLAB file of version 5 or 7.3; {_MEND}"
 
 
 def read_fields(
@@ -43,7 +45,11 @@ def grid_of(path: Path) -> int:
     if h5py.is_hdf5(path):
         with reading(path, _MEND), h5py.File(path, "r") as file:
             return sorted(_dataset(path, file, NAMES[0]).shape)[1]  # (n, s, s) in any order: s is there twice
-    return sorted(_shapes(path)[NAMES[0]])[1]
+    with reading(path, _NO_MAT):
+        shapes = mat5.shapes(path)
+    if len(shapes.get(NAMES[0]) or ()) != 3:
+        raise _without(path, NAMES[0], shapes)
+    return sorted(shapes[NAMES[0]])[1]
 
 
 def _read_hdf5(path: Path, stride: int, limit: int | None) -> list[np.ndarray]:
@@ -62,7 +68,7 @@ def _read_hdf5(path: Path, stride: int, limit: int | None) -> list[np.ndarray]:
 def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
     item = file.get(name)
     if not isinstance(item, h5py.Dataset) or item.ndim != 3 or item.dtype.kind not in "biuf":
-        raise DamagedFile(f"{path} has no three-dimensional {name!r}; it holds {sorted(file.keys())}: {_MEND}")
+        raise _without(path, name, file.keys())
     check_size(path, repr(name), item.shape, item.dtype.itemsize)
     return item
 
@@ -88,24 +94,16 @@ def _rougher_last(u: np.ndarray) -> bool:
 
 
 def _read_version_5(path: Path, stride: int, limit: int | None) -> list[np.ndarray]:
-    _shapes(path)
-    with reading(path, f"it is not a whole MATLAB file of version 5 or 7.3; {_MEND}"):
-        content = scipy.io.loadmat(path, variable_names=list(NAMES))
-        arrays = [np.asarray(content[name]) for name in NAMES]
-        if any(array.ndim != 3 or array.dtype.kind not in "biuf" for array in arrays):
-            raise ValueError("coeff or sol is no three-dimensional array of numbers")
-    return [array[:limit, ::stride, ::stride] for array in arrays]
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of coeff and sol as a file of version 5 declares them."""
-    with reading(path, f"it is not a whole MATLAB file of version 5 or 7.3; {_MEND}"):
-        found = {name: tuple(shape) for name, shape, _ in scipy.io.whosmat(path)}
+    with reading(path, _NO_MAT):
+        content = mat5.read(path, NAMES)
     for name in NAMES:
-        if len(found.get(name, ())) != 3:
-            raise DamagedFile(f"{path} has no three-dimensional {name!r}; it holds {sorted(found)}: {_MEND}")
-        check_size(path, repr(name), found[name], 8)
-    return found
+        if name not in content or content[name].ndim != 3:
+            raise _without(path, name, content)
+    return [content[name][:limit, ::stride, ::stride] for name in NAMES]
+
+
+def _without(path: Path, name: str, found: Iterable[str]) -> DamagedFile:
+    return DamagedFile(f"{path} has no three-dimensional {name!r}; it holds {sorted(found)}: {_MEND}")
 
 
 def _single(x: np.ndarray, name: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
+from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
@@ -28,7 +28,7 @@ from orca_rank.measuring.options import VARIANTS, GapOptions
 from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import Gap, Layer
 from orca_rank.stages.layer_table import gap_table, nulls
-from orca_rank.stages.planning import make_plan
+from orca_rank.stages.planning import make_plan, read_layers
 from orca_rank.stages.setup import (
     aligned_embedder,
     bare_model,
@@ -67,7 +67,7 @@ def run(config: DictConfig) -> None:
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
     if finished(path, made_from, force=config.force, made_by="stage=measure"):
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
-        layers = [Layer.from_dict(record) for record in read_json(path, "stage=measure")["layers"]]
+        layers = read_layers(path)
         make_plan(config, layers)  # refuses a rule that needs what was not measured
     else:
         layers = _measure(config, options, folder, made_from)

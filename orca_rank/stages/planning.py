@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from omegaconf import DictConfig
 from torch import nn
 
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import file_hash, read_json
+from orca_rank.artifacts.files import file_hash, read_record
 from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
@@ -27,7 +28,7 @@ def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
     path = stage_folder(config, "measure") / "layers.json"
     if not path.exists():
         return layers
-    measured = {record["name"]: record for record in read_json(path, "stage=measure")["layers"]}
+    measured = {layer.name: layer for layer in read_layers(path)}
     names = {layer.name for layer in layers}
     if names != set(measured):
         raise ValueError(
@@ -36,10 +37,15 @@ def layers_of(config: DictConfig, body: nn.Module) -> list[Layer]:
             f"`{command('stage=measure', 'force=true')}`, or use another run"
         )
     for layer in layers:
-        record = measured[layer.name]
-        if (record["d_in"], record["d_out"]) != (layer.d_in, layer.d_out):
+        found = measured[layer.name]
+        if (found.d_in, found.d_out) != (layer.d_in, layer.d_out):
             raise ValueError(f"{path} was measured on another backbone: {layer.name} has another shape there")
-    return [Layer.from_dict(measured[layer.name]) for layer in layers]
+    return [measured[layer.name] for layer in layers]
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The records of a measure/layers.json."""
+    return read_record(path, "stage=measure", lambda payload: [Layer.from_dict(one) for one in payload["layers"]])
 
 
 def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
