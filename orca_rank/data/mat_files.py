@@ -88,9 +88,12 @@ def _reversed(item: h5py.Dataset, by_matlab: bool) -> bool | None:
 
 
 def _rougher_last(u: np.ndarray) -> bool:
-    """Whether neighbours along the last axis differ much more than along the first: samples do, points do not."""
+    """Whether neighbours along the last axis differ more than along the first: samples do, points do not.
+
+    Solutions of Darcy flow differ 1.4 times as much between samples as between 9 points, 2.6 times at 25, 4.2 at 41.
+    """
     first, last = (float(np.abs(np.diff(u, axis=axis)).mean()) for axis in (0, 2))
-    return last > 3 * first
+    return last > 1.25 * first
 
 
 def _read_version_5(path: Path, stride: int, limit: int | None) -> list[np.ndarray]:
