@@ -63,7 +63,7 @@ def read(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _variables(path: Path) -> tuple[str, list[_Variable]]:
     """The byte order, "<" or ">", and what the file holds."""
-    content = memoryview(np.memmap(path, np.uint8, "r"))
+    content = np.memmap(path, np.uint8, "r").data
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None or struct.unpack(f"{order}H", content[124:126]) != (0x0100,):
         raise ValueError("no header of version 5")
@@ -85,7 +85,7 @@ def _array(one: _Variable, order: str) -> np.ndarray:
     stored, values, _ = _first(rest, order)
     if stored not in _TYPES or shape is None:
         raise ValueError(f"{one.name!r} holds elements of type {stored}")
-    numbers = np.frombuffer(values, np.dtype(_TYPES[stored]).newbyteorder(order))
+    numbers = np.frombuffer(values, np.dtype(order + _TYPES[stored]))
     if len(numbers) != count:
         raise ValueError(f"{one.name!r} has {len(numbers)} numbers for the dimensions {shape}")
     return numbers.reshape(shape, order="F").astype(_CLASSES[kind])

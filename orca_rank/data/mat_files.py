@@ -47,9 +47,10 @@ def grid_of(path: Path) -> int:
             return sorted(_dataset(path, file, NAMES[0]).shape)[1]  # (n, s, s) in any order: s is there twice
     with reading(path, _NO_MAT):
         shapes = mat5.shapes(path)
-    if len(shapes.get(NAMES[0]) or ()) != 3:
+    shape = shapes.get(NAMES[0]) or ()
+    if len(shape) != 3:
         raise _without(path, NAMES[0], shapes)
-    return sorted(shapes[NAMES[0]])[1]
+    return sorted(shape)[1]
 
 
 def _read_hdf5(path: Path, stride: int, limit: int | None) -> list[np.ndarray]:
