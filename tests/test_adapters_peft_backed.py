@@ -130,3 +130,15 @@ def test_adalora_goes_on_as_if_nothing_had_happened():
             steps.end()
         states = [model.state_dict(), optimiser.state_dict(), steps.state_dict()]
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in halves[1].state_dict().items())
+
+
+@pytest.mark.parametrize(("rank", "target", "end"), [(6, None, 4), (2, None, 1), (3, 2, 2)])
+def test_adalora_s_target_is_below_the_plan(rank, target, end):
+    adapter = PeftAdapter("adalora", total_step=40, tinit=4, tfinal=12, target_r=target)
+    assert adapter._config({"0": rank})[0].target_r == end
+
+
+@pytest.mark.parametrize(("rank", "target"), [(2, 4), (2, 2), (1, None)])
+def test_adalora_cannot_grow(rank, target):
+    with pytest.raises(ValueError, match=r"target_r=.*below the plan's rank"):
+        PeftAdapter("adalora", total_step=40, tinit=4, tfinal=12, target_r=target)._config({"0": rank})

@@ -61,7 +61,20 @@ class PeftAdapter:
         if self.method == "vera":
             return peft.VeraConfig(r=first, **common), vera.VeraModel
         common |= schedule(self.options, self.options.get("total_step") or 1000)
+        common["target_r"] = self._target(first)
         return peft.AdaLoraConfig(init_r=first, **common), adalora.AdaLoraModel
+
+    def _target(self, rank: int) -> int:
+        """AdaLoRA's mean rank at the end: target_r, or two thirds of the plan's (its paper starts at 1.5 times)."""
+        target = self.options.get("target_r")
+        if target is None:
+            target = max(1, round(2 * rank / 3))
+        if not 1 <= target < rank:
+            raise ValueError(
+                f"AdaLoRA shrinks ranks to adapter.module.target_r={target}, which must be at least 1 and below the "
+                f"plan's rank {rank}: lower target_r or raise rank.r"
+            )
+        return target
 
 
 def schedule(options: Mapping[str, Any], steps: int) -> dict[str, int]:
