@@ -7,9 +7,19 @@ import pytest
 import torch
 from scipy import stats
 
-from orca_rank.distances import bures_wasserstein, energy_distance, mmd, otdd, proxy_a_distance, sliced_wasserstein
-from orca_rank.distances.calibrate import calibrate, family_p, standardise, whiten
+from orca_rank.distances import (
+    bures_wasserstein,
+    energy_distance,
+    mmd,
+    otdd,
+    presorted,
+    proxy_a_distance,
+    sliced_wasserstein,
+)
+from orca_rank.distances.calibrate import HALVES, calibrate, family_p, standardise, whiten
+from orca_rank.distances.draws import exchanges, side_draws, split_draws
 from orca_rank.distances.scores import check_metric, has_fast_route, make_score
+from orca_rank.distances.sliced import directions
 
 FAST = (mmd, energy_distance, functools.partial(sliced_wasserstein, projections=16))
 
@@ -67,10 +77,61 @@ def test_groups_with_repeated_images_match_the_long_way(metric):
 
         assert value == pytest.approx(mean(a, a) + mean(b, b) - 2 * mean(a, b), rel=0.02 if metric is mmd else 1e-9)
     else:
-        shift = ((rows[a].mean(0) - rows[b].mean(0)) ** 2).sum()
-        assert value >= shift - 1e-9
+        assert value == pytest.approx(sliced_by_sorting(rows[a], rows[b], 16), rel=1e-10)
         same = score.between([left, left], [(0, 1)])[0, 0]
         assert same == pytest.approx(0, abs=1e-12)
+
+
+def sliced_by_sorting(x, y, projections, seed=0):
+    """d times the mean squared W₂ of the centred projections, every group projected and sorted anew, + ‖m_x − m_y‖²."""
+    theta = directions(x.shape[1], projections, seed, torch.from_numpy(x)).numpy()
+    left, right = (np.sort((z - z.mean(0)) @ theta, axis=0) for z in (x, y))
+    return x.shape[1] * np.mean((left - right) ** 2) + ((x.mean(0) - y.mean(0)) ** 2).sum()
+
+
+@pytest.mark.parametrize("metric", FAST)
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_many_draws_at_once_are_the_draws_one_by_one(metric, shift, monkeypatch):
+    monkeypatch.setattr(presorted, "ELEMENTS", 500)  # a few draws at a time
+    n, labels = 24, np.arange(48) % 3
+    pooled = np.concatenate([sample(0, n, 7), sample(1, n, 7, shift)])
+    score = make_score(metric, pooled, labels)
+    halves = split_draws(labels, 2, 9, 1)[1]
+    together = score.between(halves, HALVES)
+    assert together.shape == (5, 4)  # the halves and four resamples of them
+    alone = [score.between([half[draw : draw + 1] for half in halves], HALVES)[0] for draw in range(5)]
+    assert together == pytest.approx(np.array(alone), rel=1e-10, abs=1e-12)
+    sides = exchanges(n, 12, 3)
+    exchanged = score.exchanged(sides)
+    long_way = score.between([sides.astype(int), 1 - sides.astype(int)], [(0, 1)])[:, 0]
+    assert exchanged == pytest.approx(long_way, rel=1e-10, abs=1e-12)
+    if metric is FAST[2]:
+        spread = (pooled[:n].var(0, ddof=1).sum() + pooled[n:].var(0, ddof=1).sum()) / 2
+        rows = (pooled - pooled.mean(0)) / np.sqrt(spread)
+        for draw in (0, 4):
+            picked = [rows[np.repeat(np.arange(2 * n), half[draw])] for half in halves]
+            direct = [sliced_by_sorting(picked[i], picked[j], 16) for i, j in HALVES]
+            assert together[draw] == pytest.approx(np.array(direct), rel=1e-10)
+        direct = [sliced_by_sorting(rows[side], rows[~side], 16) for side in sides]
+        assert exchanged == pytest.approx(np.array(direct), rel=1e-10)
+
+
+def test_draws_are_of_whole_images_and_of_their_own_side():
+    labels = np.concatenate([np.arange(20) % 4, 4 + np.arange(20) % 3])
+    first, *_ = split_draws(labels, 3, 7, 0)
+    for half, side in zip(first, (slice(20), slice(20), slice(20, None), slice(20, None)), strict=True):
+        assert half.shape == (4, 40)  # 7 resamples over 3 halvings: 3, 2 and 2
+        assert (half.sum(1) == 10).all() and (half[:, side].sum(1) == 10).all()
+        assert set(half[0]) == {0, 1}
+        assert not (half[1:] > 0)[:, half[0] == 0].any()  # a resample holds members of its half alone
+    assert (first[0][0] + first[1][0] == (np.arange(40) < 20)).all()
+    counts = np.bincount(labels[first[0][0] > 0], minlength=4)
+    assert (counts[:4] >= 2).all() and (counts[:4] <= 3).all()  # 5 of each class
+    for side in side_draws(20, 6, 0):
+        assert side.shape == (7, 40) and (side.sum(1) == 20).all()
+    marked = exchanges(20, 6, 0)
+    assert marked[0].tolist() == [True] * 20 + [False] * 20 and (marked.sum(1) == 20).all()
+    assert len(np.unique(marked, axis=0)) == 7
 
 
 @pytest.mark.parametrize("metric", [*FAST, bures_wasserstein, squared_means])

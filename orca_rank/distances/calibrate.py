@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
+from orca_rank.distances.draws import Counts, exchanges, side_draws, split_draws
 from orca_rank.distances.scores import Metric, Score, make_score
 
 ACROSS = ((0, 1),)
@@ -76,31 +77,21 @@ def calibrate(
     labels = _pooled_labels(x_label, y_label, keep_x, keep_y)
     score = make_score(metric, pooled, labels)
 
-    source = np.zeros((1, 2 * n), dtype=np.int64)
-    source[0, :n] = 1
     if score.unbiased:
-        value = float(score.between([source, 1 - source], ACROSS)[0, 0])
+        values = score.between(side_draws(n, bootstrap, seed), ACROSS)[:, 0]
+        value, draws = float(values[0]), values[1:]
     else:
-        halves = _halves(labels, n, splits, seed)
-        value = float(_split_effect(score, halves).mean())
+        effects = [_split_effect(score, halves) for halves in split_draws(labels, splits, bootstrap, seed)]
+        value = float(np.mean([effect[0] for effect in effects]))
+        draws = np.concatenate([effect[1:] for effect in effects])
     if not np.isfinite(value):
         raise ValueError(f"the metric gave {value}: it must return a finite number for finite features")
-
     low = high = p = float("nan")
-    generator = np.random.default_rng([seed, 2])
     if bootstrap:
-        if score.unbiased:
-            draws = score.between(_resample([source, 1 - source], bootstrap, generator), ACROSS)[:, 0]
-        else:
-            chosen = [part[np.arange(bootstrap) % splits] for part in halves]
-            draws = _split_effect(score, _resample(chosen, bootstrap, generator))
         low, high = value + np.quantile(draws - draws.mean(), [0.025, 0.975])
     observed, null = value, np.zeros(0)
     if permutations and score.exchangeable:
-        generator = np.random.default_rng([seed, 3])
-        members = generator.permuted(np.repeat(source, permutations, axis=0), axis=1)
-        members = np.concatenate([source, members])
-        statistic = score.between([members, 1 - members], ACROSS)[:, 0]
+        statistic = score.exchanged(exchanges(n, permutations, seed))
         observed, null = float(statistic[0]), statistic[1:]
         p = float((1 + (null >= observed).sum()) / (1 + permutations))
     return Calibrated(value / score.scale, float(low) / score.scale, float(high) / score.scale, p, observed, null)
@@ -166,32 +157,7 @@ def _pooled_labels(
     return np.concatenate([left, right - right.min() + left.max() + 1])
 
 
-def _halves(labels: np.ndarray, n: int, splits: int, seed: int) -> list[np.ndarray]:
-    """S₁, S₂, T₁, T₂ as counts (splits, 2n): members of a class, in random order, go to the two halves in turn."""
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1, got {splits}")
-    generator = np.random.default_rng([seed, 4])
-    parts = [np.zeros((splits, 2 * n), dtype=np.int64) for _ in range(4)]
-    for split in range(splits):
-        for side in (0, 1):
-            order = side * n + generator.permutation(n)
-            order = order[np.argsort(labels[order], kind="stable")]
-            parts[2 * side][split, order[0::2]] = 1
-            parts[2 * side + 1][split, order[1::2]] = 1
-    return parts
-
-
-def _split_effect(score: Score, halves: list[np.ndarray]) -> np.ndarray:
+def _split_effect(score: Score, halves: list[Counts]) -> np.ndarray:
     """½[D(S₁,T₁) + D(S₂,T₂)] − ½[D(S₁,S₂) + D(T₁,T₂)] for every row of counts."""
     values = score.between(halves, HALVES)
     return (values[:, 0] + values[:, 1] - values[:, 2] - values[:, 3]) / 2
-
-
-def _resample(groups: list[np.ndarray], draws: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Each group's members drawn again with replacement; a group never takes another's, so no image meets itself."""
-    resampled = []
-    for group in groups:
-        rows = np.broadcast_to(group, (draws, group.shape[1]))
-        size = rows.sum(axis=1)
-        resampled.append(np.stack([generator.multinomial(k, row / k) for k, row in zip(size, rows, strict=True)]))
-    return resampled

@@ -10,33 +10,41 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from orca_rank.distances.mmd import energy_distance, mmd, resolve_bandwidth
-from orca_rank.distances.sliced import directions, sliced_wasserstein
+from orca_rank.distances._inputs import squared_distances
+from orca_rank.distances.draws import Counts
+from orca_rank.distances.mmd import MEDIAN_SAMPLES, energy_distance, mmd, resolve_bandwidth
+from orca_rank.distances.presorted import SlicedScore
+from orca_rank.distances.sliced import sliced_wasserstein
 
-Counts = Int[np.ndarray, "draws images"]
 Pairs = Sequence[tuple[int, int]]
 Metric = Callable[..., Any]  # (x (n, d), y (m, d)) -> number, or with labels (x, x_label, y, y_label)
 
 
-class Score(NamedTuple):
-    """between(groups, pairs): the metric between groups[i] and groups[j] for every (i, j), one column per pair.
+@runtime_checkable
+class Score(Protocol):
+    """A metric between groups of the same images.
 
     scale: what a gap is divided by. unbiased: whether the metric is already about 0 under the null.
     exchangeable: whether images may change sides under the null. With labels they may not: the classes of the two sides
     have nothing to do with each other, so every permuted side would have classes of both.
     """
 
-    between: Callable[[Sequence[Counts], Pairs], Float[np.ndarray, "draws pairs"]]
     scale: float
     unbiased: bool
-    exchangeable: bool = True
+    exchangeable: bool
+
+    def between(self, groups: Sequence[Counts], pairs: Pairs) -> Float[np.ndarray, "draws pairs"]:
+        """The metric between groups[i] and groups[j] for every (i, j), one column per pair."""
+
+    def exchanged(self, sides: Bool[np.ndarray, "draws images"]) -> Float[np.ndarray, " draws"]:
+        """The metric between the images marked in each row and all others."""
 
 
 def make_score(metric: Metric, pooled: Float[np.ndarray, "images d"], labels: Int[np.ndarray, " images"]) -> Score:
@@ -55,10 +63,8 @@ def make_score(metric: Metric, pooled: Float[np.ndarray, "images d"], labels: In
         raise ValueError("the features of a layer do not vary between images: no gap can be measured there")
     pooled = (pooled - pooled.mean(axis=0)) / np.sqrt(spread)
     if not has_fast_route(metric):
-        return _general_score(metric, function, options, pooled, labels)
-    return (
-        _sliced_score(pooled, **options) if function is sliced_wasserstein else _kernel_score(function, options, pooled)
-    )
+        return GeneralScore(metric, pooled, labels)
+    return SlicedScore(pooled, **options) if function is sliced_wasserstein else KernelScore(function, options, pooled)
 
 
 def check_metric(name: str, metric: Metric) -> None:
@@ -89,90 +95,95 @@ def _unwrap(metric: Metric) -> tuple[Metric, dict[str, Any]]:
     return inner, options
 
 
-def _kernel_score(function: Metric, options: dict[str, Any], pooled: np.ndarray) -> Score:
+class KernelScore:
     """U-statistics mean k(x,x') + mean k(y,y') − 2 mean k(x,y), pairs of an image with itself left out.
 
     The scale is the spread of the feature space, k(x,x) − mean k(x,x'), averaged over the two sides.
     """
-    norms = (pooled**2).sum(axis=1)
-    squared = np.maximum(norms[:, None] + norms[None] - 2 * pooled @ pooled.T, 0)
-    diagonal = 0.0
-    if function is mmd:
-        n, count = len(pooled) // 2, options.get("kernels", 1)
-        halves = torch.from_numpy(pooled[:n]), torch.from_numpy(pooled[n:])
-        h = resolve_bandwidth(*halves, options.get("bandwidth", "median"))
-        kernel = sum(np.exp(-squared / (h * 2.0 ** (i - count // 2))) for i in range(count))
-        diagonal = float(count)
-    else:
-        kernel = -np.sqrt(squared)
-    kernel[np.diag_indices_from(kernel)] = 0.0
 
-    def between(groups: Sequence[np.ndarray], pairs: Pairs) -> np.ndarray:
-        weights = [group.astype(float) for group in groups]
-        applied = [weight @ kernel for weight in weights]  # (draws, images)
+    unbiased, exchangeable = True, True
+
+    def __init__(self, function: Metric, options: Mapping[str, Any], pooled: Float[np.ndarray, "images d"]) -> None:
+        z, n = torch.from_numpy(pooled), len(pooled) // 2
+        squared = squared_distances(z, z)
+        diagonal = 0.0
+        if function is mmd:
+            count = int(options.get("kernels", 1))
+            h = _bandwidth(z, squared, options.get("bandwidth", "median"))
+            self.kernel = torch.zeros_like(squared)
+            for i in range(count):
+                self.kernel += torch.exp(-squared / (h * 2.0 ** (i - count // 2)))
+            diagonal = float(count)
+        else:
+            self.kernel = -squared.sqrt()
+        self.kernel.fill_diagonal_(0.0)
+        mean = float(self.kernel[:n, :n].sum() + self.kernel[n:, n:].sum()) / (2 * n * (n - 1))
+        self.scale = diagonal - mean
+
+    def between(self, groups: Sequence[Counts], pairs: Pairs) -> Float[np.ndarray, "draws pairs"]:
+        members = [torch.from_numpy(np.flatnonzero(group.any(axis=0))) for group in groups]
+        weights = [torch.from_numpy(group.astype(float))[:, own] for group, own in zip(groups, members, strict=True)]
         sizes = [weight.sum(1) for weight in weights]
+
+        def total(i: int, j: int) -> torch.Tensor:  # Σ w_i w_j k over the pairs of images
+            return ((weights[i] @ self.kernel[members[i]][:, members[j]]) * weights[j]).sum(1)
+
         within = [
-            (a * w).sum(1) / (s**2 - (w**2).sum(1)) for a, w, s in zip(applied, weights, sizes, strict=True)
-        ]  # Σ_{i≠j} w_i w_j k_ij over the weight of those pairs
-        columns = [
-            within[i] + within[j] - 2 * (applied[i] * weights[j]).sum(1) / (sizes[i] * sizes[j]) for i, j in pairs
+            total(i, i) / (size.square() - weight.square().sum(1))
+            for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
         ]
-        return np.stack(columns, axis=1)
+        columns = [within[i] + within[j] - 2 * total(i, j) / (sizes[i] * sizes[j]) for i, j in pairs]
+        return torch.stack(columns, 1).numpy()
 
-    n = len(pooled) // 2
-    mean = (kernel[:n, :n].sum() + kernel[n:, n:].sum()) / (2 * n * (n - 1))
-    return Score(between, diagonal - float(mean), True)
-
-
-def _sliced_score(pooled: np.ndarray, projections: int = 64, seed: int = 0, **_: int) -> Score:
-    """d times the mean over directions of the squared one-dimensional W₂, so that a mean shift t counts ‖t‖² as in the
-    other squared distances. W₂² = (difference of means)² + W₂² of the centred projections; the first, averaged over
-    all directions, is ‖m_x − m_y‖²/d: only the second is left to chance. Groups must be of equal size."""
-    width = pooled.shape[1]
-    rows = torch.from_numpy(pooled)
-    projected = (directions(width, projections, seed, rows).T @ rows.T).float().numpy()  # (projections, images)
-    order = projected.argsort(axis=1)
-    ranked = np.take_along_axis(projected, order, axis=1)
-
-    def sort(counts: np.ndarray) -> np.ndarray:
-        if counts.max() == 1:  # a plain subset: what is sorted stays sorted
-            return ranked[counts.astype(bool)[order]].reshape(projections, -1)
-        return np.sort(projected[:, np.repeat(np.arange(len(counts)), counts)], axis=1)
-
-    def between(groups: Sequence[np.ndarray], pairs: Pairs) -> np.ndarray:
-        means = [group @ pooled / group.sum(axis=1, keepdims=True) for group in groups]  # (draws, d)
-        values = np.stack([((means[i] - means[j]) ** 2).sum(axis=1) for i, j in pairs], axis=1)
-        for draw in range(len(values)):
-            rows = [sort(group[draw]) for group in groups]
-            rows = [row - row.mean(axis=1, keepdims=True) for row in rows]
-            values[draw] += [width * np.square(rows[i] - rows[j]).mean(dtype=np.float64) for i, j in pairs]
-        return values
-
-    return Score(between, 1.0, False)
+    def exchanged(self, sides: Bool[np.ndarray, "draws images"]) -> Float[np.ndarray, " draws"]:
+        x = torch.from_numpy(sides.astype(float))
+        n, m = x.sum(1), sides.shape[1] - x.sum(1)
+        applied = x @ self.kernel  # (draws, images)
+        left = (applied * x).sum(1)
+        across = applied.sum(1) - left
+        right = self.kernel.sum() - 2 * across - left
+        return (left / (n * (n - 1)) + right / (m * (m - 1)) - 2 * across / (n * m)).numpy()
 
 
-def _general_score(
-    metric: Metric,
-    function: Metric,
-    options: dict[str, Any],
-    pooled: np.ndarray,
-    labels: np.ndarray,
-) -> Score:
-    """Call the metric on the rows of every pair of groups; one that takes `y_label` (otdd) gets the labels too."""
-    data, classes = torch.from_numpy(pooled.astype(np.float32)), torch.from_numpy(labels)
-    needs_labels = "y_label" in inspect.signature(function).parameters
+class GeneralScore:
+    """Calls the metric on the rows of every pair of groups; one that takes `y_label` (otdd) gets the labels too."""
 
-    def call(x: torch.Tensor, y: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> float:
-        with torch.no_grad():
-            result: Any = metric(x, left, y, right) if needs_labels else metric(x, y)
-        return float(getattr(result, "value", result))
+    scale, unbiased = 1.0, False
 
-    def between(groups: Sequence[np.ndarray], pairs: Pairs) -> np.ndarray:
+    def __init__(
+        self, metric: Metric, pooled: Float[np.ndarray, "images d"], labels: Int[np.ndarray, " images"]
+    ) -> None:
+        function, options = _unwrap(metric)
+        self.metric = metric
+        self.data, self.classes = torch.from_numpy(pooled.astype(np.float32)), torch.from_numpy(labels)
+        self.needs_labels = "y_label" in inspect.signature(function).parameters
+        self.exchangeable = not self.needs_labels or options.get("inner") == "none"  # otdd without its label term
+
+    def between(self, groups: Sequence[Counts], pairs: Pairs) -> Float[np.ndarray, "draws pairs"]:
         values = np.empty((len(groups[0]), len(pairs)))
         for draw in range(len(values)):
-            rows = [torch.from_numpy(np.repeat(np.arange(len(data)), group[draw])) for group in groups]
-            values[draw] = [call(data[rows[i]], data[rows[j]], classes[rows[i]], classes[rows[j]]) for i, j in pairs]
+            rows = [torch.from_numpy(np.repeat(np.arange(len(self.data)), group[draw])) for group in groups]
+            values[draw] = [self._call(rows[i], rows[j]) for i, j in pairs]
         return values
 
-    ignores_labels = not needs_labels or options.get("inner") == "none"  # otdd without its label term
-    return Score(between, 1.0, False, exchangeable=ignores_labels)
+    def exchanged(self, sides: Bool[np.ndarray, "draws images"]) -> Float[np.ndarray, " draws"]:
+        return self.between([sides.astype(np.int64), (~sides).astype(np.int64)], [(0, 1)])[:, 0]
+
+    @torch.no_grad()
+    def _call(self, left: torch.Tensor, right: torch.Tensor) -> float:
+        x, y = self.data[left], self.data[right]
+        result: Any = (
+            self.metric(x, self.classes[left], y, self.classes[right]) if self.needs_labels else self.metric(x, y)
+        )
+        return float(getattr(result, "value", result))
+
+
+def _bandwidth(z: torch.Tensor, squared: torch.Tensor, bandwidth: Any) -> float:
+    """`mmd.resolve_bandwidth`, the median from the distances at hand where that rule takes it over all images."""
+    n = len(z) // 2
+    if bandwidth == "median" and n <= MEDIAN_SAMPLES:
+        above = squared.numpy()[np.triu(np.ones(squared.shape, dtype=bool), 1)]
+        middle = (len(above) - 1) // 2
+        if (median := float(np.partition(above, middle)[middle])) > 0:
+            return median
+    return resolve_bandwidth(z[:n], z[n:], bandwidth)
