@@ -22,17 +22,50 @@ class Fitted(nn.Module):
     """A fine-tuned model, its adapters in place; `orca_rank.adapters.merge(fitted.model.body)` folds them in.
 
     `fitted(x)` maps normalised inputs (B, C, H, W), as the data module of the run yields them, to class scores
-    (B, classes) or to a field (B, c, H, W) in physical units.
+    (B, classes) or to a field (B, c, H, W) in physical units; `fitted.predict(x)` does so from inputs as files hold
+    them, which it normalises by the statistics of the training data.
 
-    Attributes: model (OrcaModel), task (Task), metrics (what metrics.json holds).
+    Attributes: model (OrcaModel), task (Task), metrics (what metrics.json holds), inputs (the statistics that the
+        training data's inputs were normalised by, None where they were not).
     """
 
-    def __init__(self, model: OrcaModel, task: Task, metrics: dict[str, Any]) -> None:
+    def __init__(self, model: OrcaModel, task: Task, metrics: dict[str, Any], inputs: Normaliser | None = None) -> None:
         super().__init__()
-        self.model, self.task, self.metrics = model, task, metrics
+        self.model, self.task, self.metrics, self.inputs = model, task, metrics, inputs
 
     def forward(self, x: Tensor) -> Tensor:
         return self.task.decode(self.model(x))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class scores (B, classes) or fields (B, c, H, W) for inputs (B, C, H, W) in the unit of the training data.
+
+        Raises:
+            ValueError: inputs of other channels, or a dataset that does more than normalise (the coordinates of
+                Darcy's): there, take batches of its data module and call `fitted(x)`.
+        """
+        if self.inputs is not None:
+            self.inputs.check(tuple(x.shape[1:]))
+            x = self.inputs.encode(x)
+        self.check(x)
+        return self(x)
+
+    def check(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Refuse normalised inputs, and targets, that the model was not fine-tuned for.
+
+        Raises:
+            ValueError: other channels, another kind of target, another field or a class beyond the model's.
+        """
+        channels, task = self.task.input_shape[0], self.task
+        if x.shape[1] != channels:
+            raise ValueError(f"the inputs have {x.shape[1]} channels, the model was fine-tuned on {channels}")
+        if y is None:
+            return
+        if y.is_floating_point() != (task.kind == "dense"):
+            raise ValueError(f"the targets have dtype {y.dtype}, the model was fine-tuned for {task.kind}")
+        if task.kind == "dense" and tuple(y.shape[1:]) != task.output_shape:
+            raise ValueError(f"the targets have shape {tuple(y.shape[1:])}, the model gives {task.output_shape}")
+        if task.kind == "classification" and int(y.max()) >= task.output_shape[0]:
+            raise ValueError(f"the targets have class {int(y.max())}, the model knows 0 to {task.output_shape[0] - 1}")
 
 
 def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
@@ -51,6 +84,9 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
     normaliser = None
     if "normaliser.mean" in tensors:
         normaliser = Normaliser(tensors.pop("normaliser.mean"), tensors.pop("normaliser.std"))
+    inputs = None
+    if "inputs.mean" in tensors:
+        inputs = Normaliser(tensors.pop("inputs.mean"), tensors.pop("inputs.std"))
     task = Task.from_dict(metrics["task"], normaliser)
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])  # where the backbone's weights were random, they are drawn again
@@ -73,7 +109,7 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
             f"{folder / 'model.safetensors'} does not fit its own config: it lacks {missing[:3]} and has beside them "
             f"{result.unexpected_keys[:3]}; run `{command('stage=finetune', 'force=true')}`"
         )
-    return Fitted(model, task, metrics).eval().requires_grad_(False)
+    return Fitted(model, task, metrics, inputs).eval().requires_grad_(False)
 
 
 def chosen_folder(folder: Path, tag: str | None) -> Path:

@@ -78,6 +78,20 @@ class Normaliser:
         std = torch.where(varies, (squares / freedom).sqrt() * scale, 0.0)
         return cls(torch.where(varies, centre + mean * scale, centre), std)
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse samples (C, H, W) that these statistics are not of.
+
+        Raises:
+            ValueError: for other channels, or another grid where there is one mean per pixel.
+        """
+        for value in (self.mean, self.std):
+            own = tuple(value.shape)
+            if own and (len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True))):
+                raise ValueError(
+                    f"the inputs have shape {shape} (channels, height, width), but the statistics to normalise them by "
+                    f"have shape {own}: these are other data than the model was fine-tuned on"
+                )
+
     @cached_property
     def unit(self) -> float:
         """A magnitude to measure values in: the largest deviation, or mean where nothing varies, or 1."""

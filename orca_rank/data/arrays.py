@@ -17,7 +17,7 @@ from orca_rank.data.array_files import read_arrays
 from orca_rank.data.checks import check_inputs, check_targets
 from orca_rank.data.fields import LAYOUTS, arranged, kept
 from orca_rank.data.labels import Class, check_counts, class_labels, renamed, renaming
-from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_statistics, check_whole
+from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
 from orca_rank.normaliser import Normaliser, chunk_of
 from orca_rank.task import Task, typical_norm
@@ -212,7 +212,9 @@ class Arrays(InMemory):
         if train is not None and inputs.shape[1:] != train.x.shape[1:]:
             raise _unlike(inputs, train.x, "inputs")
         if self.given is not None and self.normalise != "none":
-            check_statistics(self.given, tuple(inputs.shape[1:]))
+            self.given.check(tuple(inputs.shape[1:]))
+        if optional and self.labels != "file":  # made for images that are trained on
+            return _Samples(inputs, None)
         if self.labels == "kmeans":
             return _Samples(inputs, pseudo_labels(inputs, self.clusters, self.split_seed))
         if self.labels == "index":

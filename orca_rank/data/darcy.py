@@ -169,6 +169,13 @@ class Darcy(InMemory):
         encode = WithCoordinates(inputs)
         return Parts(task, parts["train"], parts["val"], parts["test"], encode, inputs=inputs, notes=notes)
 
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """All training samples and then all test samples, each in the order of its file."""
+        x, y = (
+            torch.cat([torch.from_numpy(self.arrays(part)[i])[:, None] for part in ("train", "test")]) for i in (0, 1)
+        )
+        return x, y
+
 
 def coarse_solve(a: Float[np.ndarray, "n k k"], grid: int | None = None, stride: int = 1) -> Float[np.ndarray, "n k k"]:
     """The finite-difference answer from the coarse coefficient alone: what a network has to beat.

@@ -13,7 +13,7 @@ from torch import Tensor
 from orca_rank.artifacts.provenance import key
 from orca_rank.data.image_files import ImageFiles, hidden, read_image, scan
 from orca_rank.data.labels import Class
-from orca_rank.data.module import Encode, InMemory, Parts, check_fraction, check_statistics, check_whole
+from orca_rank.data.module import Encode, InMemory, Parts, check_fraction, check_whole
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
 from orca_rank.task import Task
 
@@ -136,7 +136,7 @@ class ImageFolder(InMemory):
     def encoder(self) -> Encode:
         if self.given is None:
             return self.parts.encode
-        check_statistics(self.given, (3, self.size, self.size))
+        self.given.check((3, self.size, self.size))
         return self.given.encode
 
     def files(self) -> list[str]:

@@ -131,7 +131,7 @@ class InMemory(LightningDataModule, ABC):
         """
         if self.given is None:
             return Normaliser.fit(x, per)
-        check_statistics(self.given, tuple(x.shape[1:]))
+        self.given.check(tuple(x.shape[1:]))
         return self.given
 
     def setup(self, stage: str | None = None) -> None:
@@ -220,17 +220,6 @@ class EpochOrder(Sampler[int]):
 def as_it_is(batch: Any) -> Any:
     """Collates what is a batch already."""
     return batch
-
-
-def check_statistics(statistics: Normaliser, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless statistics fit inputs of this shape (C, H, W)."""
-    for value in (statistics.mean, statistics.std):
-        wanted = tuple(value.shape)
-        if value.ndim and (len(wanted) != 3 or any(a not in (1, b) for a, b in zip(wanted, shape, strict=True))):
-            raise ValueError(
-                f"the inputs have shape {shape} (channels, height, width), but the statistics to normalise them by "
-                f"have shape {wanted}: these are other data than the model was fine-tuned on"
-            )
 
 
 def check_whole(name: str, value: Any, least: int = 1, *, optional: bool = False) -> None:

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from torch import Tensor
 
 from orca_rank import adapters
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
@@ -18,6 +19,7 @@ from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
+from orca_rank.data.module import InMemory
 from orca_rank.options import number, read
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
@@ -177,7 +179,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     }
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    _write_model(folder, model, plan, task)
+    _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
     if update is not None:
         write_tensors(folder / "update.safetensors", update())
     # Last of all: its presence means done.
@@ -188,8 +190,11 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
 
 
-def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task) -> None:
-    """The plan used, the adapter in PEFT's layout where it has one, and everything that was trained in our own."""
+def _write_model(
+    folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task, statistics: Mapping[str, Tensor]
+) -> None:
+    """The plan used, the adapter in PEFT's layout where it has one, and everything that was trained in our own, with
+    what outputs and inputs are normalised by."""
     tensors = trained_tensors(model)
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
@@ -201,6 +206,7 @@ def _write_model(folder: Path, model: OrcaModel, plan: RankPlan | None, task: Ta
             console.print(f"no adapter/ in PEFT's layout: {error}", markup=False)
     if task.normaliser is not None:
         tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
+    tensors |= {f"inputs.{name}": value for name, value in statistics.items()}
     write_tensors(folder / "model.safetensors", tensors)
 
 

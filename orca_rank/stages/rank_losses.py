@@ -34,7 +34,7 @@ def run(config: DictConfig) -> None:
     folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
     fitted = load(folder)
     fitted.to(device_of(config.trainer))
-    data = data_for(config.data, fitted.task, "fit")
+    data = data_for(config.data, fitted, "fit")
     batches = data.val_dataloader()
     with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
         bar = progress.add_task("held-out losses of every rank", total=len(batches))

@@ -17,6 +17,8 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain, select
 from orca_rank.backbone import OrcaModel, create_model, source_model
 from orca_rank.build import build
+from orca_rank.data.module import InMemory
+from orca_rank.fitted import Fitted
 from orca_rank.options import flag
 from orca_rank.stages.trainer import check_trainer, trainer_options
 from orca_rank.task import Task
@@ -111,13 +113,36 @@ def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: An
     return data
 
 
-def data_for(node: Any, task: Task, stage: str) -> Any:
-    """The data of a config node, set up for "fit" or "test", for a model that was fine-tuned for `task`.
+def data_for(node: DictConfig | Mapping[str, Any], fitted: Fitted, part: str) -> Any:
+    """The data module of a config node for a fine-tuned model: inputs are normalised, and classes numbered, as they
+    were in its fine-tune.
+
+    Args:
+        part: "fit" or "test", which is then set up; "all" for data that may have no targets, see
+            `InMemory.everything`.
 
     Raises:
-        ValueError: if the data are of another task.
+        ValueError: if the data are of another task, or are not known how to normalise.
     """
-    data = ready(node, stage)
+    data, task = build(node), fitted.task
+    if isinstance(data, InMemory):
+        data.given = fitted.inputs
+        if task.kind == "classification":
+            data.given_classes = task.classes or tuple(range(task.output_shape[0]))
+    elif part == "all":
+        raise ValueError(
+            f"{type(data).__name__} cannot give new data whole: name files by data=arrays or data=image_folder, or use "
+            f"the data options of the fine-tune, whose test set is predicted"
+        )
+    if part == "all" and fitted.inputs is None and getattr(data, "normalise", None) != "none":
+        raise ValueError(
+            f"the fine-tune kept no statistics to normalise new inputs by (an earlier version did not, or its data "
+            f"module has none): run `{command('stage=finetune', 'force=true')}` on the data that it was trained on"
+        )
+    data.prepare_data()
+    if part == "all":
+        return data
+    data.setup(part)
     if (data.task.kind, data.task.output_shape) != (task.kind, task.output_shape):
         raise ValueError(
             f"the model was fine-tuned for {task.kind} {task.output_shape}, the data are "
