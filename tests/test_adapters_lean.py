@@ -8,10 +8,22 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from shared import apart
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from orca_rank.adapters import DyLoRA, LoRA, adapters, begin_step, inject, merge, set_memory, unload
+from orca_rank.adapters import (
+    AdaptedLinear,
+    DyLoRA,
+    LoRA,
+    QLoRA,
+    adapters,
+    begin_step,
+    inject,
+    merge,
+    set_memory,
+    unload,
+)
 from orca_rank.adapters import lean as lean_module
 from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
 from orca_rank.ranks import RankPlan
@@ -125,6 +137,60 @@ def test_bfloat16_autocast(memory):
         if p.requires_grad:
             assert p.grad.dtype == torch.float32
             assert float(F.cosine_similarity(p.grad.flatten(), exact[name].flatten(), dim=0)) > 0.95, name
+
+
+def test_one_function_at_extreme_logits():
+    """timm's mask is -100, which logits of some hundreds outweigh: trained, evaluated, lean, plain and bare agree."""
+    bare, plain, lean = swin().double(), adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+    for model in (bare, plain, lean):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("qkv.weight"):
+                    parameter.mul_(300.0)
+                if "branches" in name:
+                    parameter.zero_()
+    x = inputs(bare)
+    expected = bare(x)
+    unmasked = copy.deepcopy(bare)
+    for block in unmasked.modules():
+        if getattr(block, "attn_mask", None) is not None:
+            block.attn_mask.masked_fill_(block.attn_mask < 0, -torch.inf)
+    assert apart(unmasked(x), expected) > 1e-6  # the case tells the two masks apart
+    for model in (plain, lean):
+        assert apart(model.train()(x), expected) < 1e-9
+        assert apart(model.eval()(x), expected) < 1e-9
+        with torch.no_grad():
+            assert apart(model(x), expected) < 1e-9
+    assert_same(gradients(plain, x), gradients(lean, x), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 30}, {"thirds": True}, {"init": "symmetric"}, {"make": DyLoRA}, {"make": QLoRA}]
+)
+@pytest.mark.parametrize("memory", ["plain", "lean"])
+def test_evaluation_folds_the_product_and_gives_the_same(memory, options, monkeypatch):
+    model = adapt(swin(), memory, **options).eval()
+    x = inputs(model, torch.float32)
+    expected = model(x).detach()  # with gradients: no folding
+    calls = []
+    folds = AdaptedLinear.folds
+    monkeypatch.setattr(AdaptedLinear, "folds", lambda layer, x: calls.append(folds(layer, x)) or calls[-1])
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert apart(model(x), expected) < 1e-5
+    assert calls and all(calls)
+    calls.clear()
+    assert apart(model(x), expected) < 1e-6 and not any(calls)
+
+
+def test_folding_only_where_it_is_exact_and_pays():
+    layer = adapt(swin(), "plain").layers[0].blocks[0].mlp.fc1  # 12 -> 48
+    x = torch.randn(40, 12)
+    with torch.no_grad():
+        assert layer.folds(x) and not layer.folds(x[:4]) and not layer.folds(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not layer.folds(x)
+    assert not layer.folds(x)
 
 
 def test_without_gradients_the_same_outputs():

@@ -114,6 +114,82 @@ def test_whole_modules_travel_along(tmp_path):
         save_peft(model, tmp_path, modules_to_save=["nothing"])
 
 
+def written(tmp_path, **changes):
+    """A file of ours with another adapter_config.json."""
+    save_peft(adapted_swin(PLANS["fused"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "replaces W₀"),
+        ({"init_lora_weights": "pissa_niter_4"}, "replaces W₀"),
+        ({"init_lora_weights": "olora"}, "replaces W₀"),
+        ({"init_lora_weights": "loftq"}, "replaces W₀"),
+        ({"init_lora_weights": "lora_ga"}, "replaces W₀"),
+        ({"init_lora_weights": "a later one"}, "not known here"),
+        ({"bias": "all"}, "trained biases"),
+        ({"bias": "lora_only"}, "trained biases"),
+        ({"lora_bias": True}, "a bias of its own"),
+        ({"fan_in_fan_out": True}, "transposed"),
+        ({"use_dora": True}, "magnitudes"),
+        ({"use_qalora": True}, "pools the input"),
+        ({"target_parameters": ["w"]}, "no layer"),
+        ({"layer_replication": [[0, 1]]}, "repeats layers"),
+        ({"trainable_token_indices": [1]}, "embedding"),
+        ({"kasa_config": {"beta": 1}}, "not known here"),
+        ({"a_key_of_tomorrow": 3}, "not known here"),
+    ],
+)
+def test_a_setting_that_changes_what_tensors_mean_is_refused_with_its_reason(changes, reason, tmp_path):
+    model = swin()
+    with pytest.raises(ValueError, match=f"sets {next(iter(changes))}=.*{reason}"):
+        load_peft(model, written(tmp_path, **changes))
+    assert not adapters(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": [0, 1], "layers_pattern": "blocks"},
+        {"init_lora_weights": "gaussian", "peft_version": "0.99", "runtime_config": {"ephemeral_gpu_offload": False}},
+        {"exclude_modules": ["head"], "eva_config": {"rho": 2.0}, "init_lora_weights": "eva"},
+        {"a_key_of_tomorrow": None, "another": False},
+    ],
+)
+def test_a_setting_without_influence_is_read(changes, tmp_path):
+    model = swin()
+    load_peft(model, written(tmp_path, **changes))
+    assert torch.equal(model(X), adapted_swin(PLANS["fused"])(X))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_starts_by_moving_the_base_is_refused(init, tmp_path):
+    theirs = peft.get_peft_model(swin(), peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=init))
+    move_trained(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}'"):
+        load_peft(swin(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_chosen_by_number_and_modules_to_save_by_suffix(tmp_path):
+    config = peft.LoraConfig(
+        r=2, target_modules=["qkv"], layers_to_transform=[1], layers_pattern="blocks", modules_to_save=["fc", "norm1"]
+    )
+    theirs = peft.get_peft_model(swin(), config).eval()
+    move_trained(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = swin()
+    found = load_peft(model, tmp_path)
+    assert sorted(found) == ["layers.0.blocks.1.attn.qkv", "layers.1.blocks.1.attn.qkv"]
+    assert torch.allclose(model(X), theirs(X), atol=2e-6)
+
+
 class Nested(nn.Module):
     """Two layers whose names end alike, which suffix matching confuses."""
 

@@ -20,6 +20,7 @@ from orca_rank.adapters.lora import LoRA, NotExpressible
 from orca_rank.adapters.mixers import FLoRA, MoSLoRA, TwoSubspaces
 from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
+from orca_rank.adapters.probe import probe
 from orca_rank.adapters.quantised import QLoRA, paged_adamw
 from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, parameter_groups
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
@@ -56,6 +57,7 @@ __all__ = [
     "merge",
     "paged_adamw",
     "parameter_groups",
+    "probe",
     "prune",
     "save_peft",
     "set_memory",

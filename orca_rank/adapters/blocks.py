@@ -11,6 +11,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orca_rank.adapters.linear import MEMORY, AdaptedLinear
@@ -18,6 +19,7 @@ from orca_rank.adapters.linear import MEMORY, AdaptedLinear
 SWIN = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "window_size", "shift_size", "attn_mask")
 SWIN_ATTENTION = ("qkv", "attn_drop", "softmax", "proj", "proj_drop", "num_heads", "scale", "_get_rel_pos_bias")
 VIT = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+TINY = torch.finfo(torch.float32).tiny
 MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 
@@ -119,8 +121,7 @@ def window_attention(attn: Any, norm: nn.Module, x: Tensor, mask: Tensor | None)
     qkv = run_after(attn.qkv, norm, x)  # (B nW, T, C) -> (B nW, T, 3C)
     bias = attn._get_rel_pos_bias()  # (1, heads, T, T)
     if mask is not None:
-        # timm's mask is -100, whose exponential is a denormal number, and a CPU multiplies those twenty times slower.
-        bias = bias + mask.masked_fill(mask <= -100, -torch.inf).unsqueeze(1)  # (nW, heads, T, T)
+        bias = bias + mask.unsqueeze(1)  # (nW, heads, T, T)
     core = Attention(attn.num_heads, bias, attn.scale)
     return attn.proj_drop(run_after(attn.proj, core, qkv, group=len(bias), reuse=True))
 
@@ -137,7 +138,10 @@ def attention_weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tenso
     n, heads, t, _ = q.shape
     scores = bias.to(q.dtype).expand(n // len(bias), *bias.shape).reshape(n * heads, t, t)
     scores = torch.baddbmm(scores, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-    return torch.softmax(scores.view(n, heads, t, t), dim=-1)
+    weights = torch.softmax(scores.view(n, heads, t, t), dim=-1)
+    # timm's mask is -100, whose exponential is a denormal number: a CPU multiplies those many times slower. The mask
+    # stays as it is, since at extreme logits -inf would be another function; what is no normal number becomes 0.
+    return F.threshold(weights, TINY, 0.0) if len(bias) > 1 else weights
 
 
 def weighted_sum(weights: Tensor, v: Tensor) -> Tensor:

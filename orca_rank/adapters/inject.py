@@ -13,6 +13,7 @@ from orca_rank.adapters.conv import AdaptedConv2d, check_adapter, check_convolut
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedLinear, adapted, adapters, replace
 from orca_rank.adapters.lora import LoRA
 from orca_rank.adapters.peft_backed import PeftAdapter, tuner_of
+from orca_rank.adapters.reads import read_layers
 from orca_rank.ranks import RankPlan
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def inject(
     A name is a module path inside ``model``. ``<module>.q``, ``.k`` and ``.v`` adapt the thirds of a fused Linear
     (out_features divisible by 3) separately, as LoRA does on models with three matrices. A Conv2d (groups=1), such as
     the patch embedding, takes plain LoRA of its matrix (out, C kh kw). Rank 0 leaves a layer alone; a plan that adapts
-    no layer at all is logged as a warning. Everything is checked before anything is changed.
+    no layer at all is logged as a warning. Layers whose weight the model reads without calling them (see `reads`) are
+    adapted through that weight. Everything is checked before anything is changed; `probe` shows that all take part.
 
     Args:
         model: any module that contains the layers.
@@ -76,7 +78,8 @@ def inject(
         KeyError: for a name that is no module. TypeError: for another plan, a module that is neither Linear nor Conv2d,
             a rank that is no integer, or another adapter than LoRA on a Conv2d.
         ValueError: for a negative rank, a rank above min(d_in, d_out) unless ``plan.allow_above_full``, a matrix
-            adapted both fused and in thirds, or a model that already has adapters.
+            adapted both fused and in thirds, a model that already has adapters, or dropout, a Bottleneck or PEFT on a
+            layer whose weight is read.
     """
     if isinstance(plan, RankPlan):
         ranks, above = plan.ranks, plan.allow_above_full
@@ -91,7 +94,12 @@ def inject(
     targets = _check(model, ranks, above)
     if not targets:
         log.warning("the rank plan names %d layers, none of them at a rank above 0: nothing is adapted", len(ranks))
+    read = read_layers(model, [name for name, (base, _) in targets.items() if isinstance(base, nn.Linear)])
     if isinstance(adapter, PeftAdapter):
+        if read:
+            raise ValueError(
+                f"{read[0]}: the model reads its weight without calling it, so that PEFT's layer never runs"
+            )
         return _with_peft(model, targets, adapter, freeze)
     build = {
         module: {
@@ -106,10 +114,15 @@ def inject(
                 raise TypeError(f"{module}: adapter made a {type(branch).__name__}; expected LoRA or a subclass of it")
         if isinstance(base, nn.Conv2d):
             check_adapter(module, build[module][WHOLE])
+    for module in read:
+        _check_read(module, build[module])
     if freeze:
         model.requires_grad_(False)
     for module, branches in build.items():
-        replace(model, module, _host(targets[module][0], branches))
+        layer = _host(targets[module][0], branches)
+        if isinstance(layer, AdaptedLinear):
+            layer.is_read = module in read
+        replace(model, module, layer)
     set_memory(model, memory)
     found = adapters(model)
     log.info("%s", describe(model))
@@ -179,6 +192,17 @@ def _resolve(modules: Mapping[str, nn.Module], name: Any) -> tuple[str, nn.Linea
     if not base.weight.is_floating_point():
         raise TypeError(f"{name}: its weight is {base.weight.dtype}; expected a floating-point matrix")
     return module, base, part
+
+
+def _check_read(name: str, branches: Mapping[str, LoRA]) -> None:
+    """Refuse what a weight that is read cannot carry: something done to the input, or no ΔW."""
+    for branch in branches.values():
+        if branch.dropout > 0 or not branch.low_rank:
+            what = f"dropout={branch.dropout} of its input" if branch.low_rank else f"a {type(branch).__name__}"
+            raise ValueError(
+                f"{name}: the model reads this layer's weight without calling the layer, where {what} cannot act; "
+                "set dropout=0 and take an adapter with a ΔW, or leave the layer out of the rank plan"
+            )
 
 
 def _host(base: nn.Linear | nn.Conv2d, branches: Mapping[str, LoRA]) -> nn.Module:

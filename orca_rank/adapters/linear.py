@@ -63,10 +63,14 @@ class AdaptedModule(nn.Module):
         zero = torch.zeros_like(some)
         return torch.cat([present.get(part, zero) for part in THIRDS])
 
+    def own_weight(self) -> Tensor:
+        """The matrix that is stored: W₀, or W₀ + ΔW while it is merged."""
+        return self.weight
+
     def base_weight(self) -> Tensor:
         """W₀, or W₀ plus what the adapters add without learning it."""
-        offset = self.assemble({part: branch.offset() for part, branch in self.parts.items()})
-        return self.weight if offset is None else self.weight + offset.to(self.weight.dtype).view_as(self.weight)
+        own, offset = self.own_weight(), self.assemble({part: branch.offset() for part, branch in self.parts.items()})
+        return own if offset is None else own + offset.to(own.dtype).view_as(own)
 
     @property
     def dropout(self) -> float:
@@ -80,21 +84,21 @@ class AdaptedModule(nn.Module):
         """
         with torch.no_grad():
             delta = self.assemble({part: branch.delta_weight() for part, branch in self.parts.items()})
-        return self.weight.new_zeros(self.out_features, self.in_features) if delta is None else delta
+        return self.own_weight().new_zeros(self.out_features, self.in_features) if delta is None else delta
 
     @torch.no_grad()
     def merge(self) -> None:
         """W ← W₀ + ΔW, once. W₀ is kept aside, so that ``unmerge`` gives its very bits back."""
         if not self.merged:
-            delta = self.delta_weight()
-            self.unmerged_weight = self.weight.detach().clone()
-            self.weight.add_(delta.to(self.weight.dtype).view_as(self.weight))
+            delta, own = self.delta_weight(), self.own_weight()
+            self.unmerged_weight = own.detach().clone()
+            own.add_(delta.to(own.dtype).view_as(own))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """W ← W₀; nothing happens when nothing is merged."""
         if self.unmerged_weight is not None:
-            self.weight.copy_(self.unmerged_weight)
+            self.own_weight().copy_(self.unmerged_weight)
             self.unmerged_weight = None
 
     def bare(self) -> nn.Module:
@@ -108,10 +112,15 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
     It holds the very Parameters of the Linear that it replaces, under the same names, and its adapters in
     ``branches``: one called ``all``, or some of ``q``, ``k``, ``v`` that each adapt a third of a fused matrix.
 
+    Some models never call a layer but read its ``weight`` (see `reads.read_layers`). Where ``is_read`` is set they
+    find W₀ + ΔW there, through which gradients flow; the Parameter W₀ stands in state dicts as ever.
+
     Args:
         base: the Linear to replace.
         branches: part -> adapter.
     """
+
+    is_read: bool = False
 
     def __init__(self, base: nn.Linear, branches: Mapping[str, LoRA]) -> None:
         nn.Module.__init__(self)
@@ -120,9 +129,29 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         self.memory = "plain"
         self._carry(base, branches)
 
+    def own_weight(self) -> Tensor:
+        own = self._parameters.get("weight")
+        if own is None:
+            raise AttributeError("the weight has not been set yet")  # as torch asks while it registers one
+        return own
+
+    @property
+    def weight(self) -> Tensor:
+        own = self.own_weight()
+        if not self.is_read or self.merged:
+            return own
+        delta = self.assemble({part: branch.delta_weight() for part, branch in self.parts.items()})
+        return own if delta is None else own + delta.to(own.dtype)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.register_parameter("weight", value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+
     def forward(self, x: Float[Tensor, "*n d_in"]) -> Float[Tensor, "*n d_out"]:
         if self.merged:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.own_weight(), self.bias)
+        if self.folds(x):
+            return F.linear(x, self.own_weight() + self.delta_weight().to(x.dtype), self.bias)
         if self.is_lean:
             return self.after(None, x)
         y = F.linear(x, self.base_weight(), self.bias)
@@ -132,6 +161,21 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
             return y + pieces[WHOLE]
         zero = y.new_zeros(*y.shape[:-1], self.out_features // 3)
         return y + torch.cat([pieces.get(part, zero) for part in THIRDS], dim=-1)
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether (W₀ + ΔW)x is the cheaper way now: one product instead of three, and no pass over y to add to it.
+
+        Without gradients alone, and with enough tokens to pay for ΔW; in less than float32, W₀ would round ΔW away.
+        """
+        d_out, d_in = self.out_features, self.in_features
+        return not (
+            torch.is_grad_enabled()
+            or x.numel() * (d_in + d_out) < d_in * d_in * d_out
+            or x.dtype not in (torch.float32, torch.float64)
+            or torch.is_autocast_enabled(x.device.type)
+            or (self.training and self.dropout > 0)
+            or not all(branch.low_rank for branch in self.parts.values())
+        )
 
     @property
     def is_lean(self) -> bool:
@@ -151,7 +195,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
 
     @property
     def weight_learns(self) -> bool:
-        return self.weight.requires_grad
+        return self.own_weight().requires_grad
 
     def kept_weight(self) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
         """What the backward pass keeps of W₀, and how to get W₀ from it."""
@@ -186,7 +230,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
 
     def bare(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight, linear.bias = self.own_weight(), self.bias
         return linear.train(self.training)
 
 

@@ -23,13 +23,13 @@ from orca_rank.adapters.inject import inject
 from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted, adapters
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
+from orca_rank.adapters.peft_config import check_config
 from orca_rank.artifacts.files import atomic
 from orca_rank.ranks import RankPlan
 from orca_rank.ranks.peft import exactly, patterns, value_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-UNSUPPORTED = ("use_dora", "fan_in_fan_out", "layers_to_transform", "target_parameters", "layer_replication")
 
 
 def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save: Sequence[str] = ()) -> None:
@@ -142,7 +142,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
         layer -> adapter, as `inject`.
 
     Raises:
-        FileNotFoundError: if a file is missing. ValueError: for another method than LoRA, or for shapes that differ.
+        FileNotFoundError: if a file is missing. ValueError: for another method than LoRA, a setting with which the
+            tensors mean something else (see `peft_config`), or for shapes that differ.
         NotExpressible: for a convolution that PEFT adapts otherwise.
         KeyError: for tensors that are missing or not expected, or that fit no module.
     """
@@ -151,10 +152,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; save_peft(model, folder) writes it")
     config = json.loads((folder / CONFIG).read_text())
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG} describes {config.get('peft_type')!r}; only 'LORA' is read here")
-    if odd := [key for key in UNSUPPORTED if config.get(key)]:
-        raise ValueError(f"{folder / CONFIG} sets {odd[0]}, which plain LoRA does not have")
+    check_config(config, str(folder / CONFIG))
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         extra = json.loads((file.metadata() or {}).get("orca_rank", "{}"))
@@ -202,9 +200,13 @@ def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
 def _saved_modules(
     model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """(tensor of the model, tensor of the file) for whole modules; both sides must have the same names and shapes."""
+    """(tensor of the model, tensor of the file) for whole modules; both sides must have the same names and shapes.
+
+    As in PEFT, a name stands for every module whose path ends in it.
+    """
     state = model.state_dict()
-    own = {key: value for key, value in state.items() if any(key.startswith(f"{name}.") for name in names)}
+    whole = [path for path, _ in model.named_modules() if path.endswith(tuple(names))] if names else []
+    own = {key: value for key, value in state.items() if any(key.startswith(f"{path}.") for path in whole)}
     given = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     if own.keys() != given.keys():
         raise KeyError(

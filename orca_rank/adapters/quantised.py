@@ -87,13 +87,8 @@ class QuantisedLinear(AdaptedLinear):
         for name, value in quantise(base.weight).items():
             self.register_buffer(name, value)
 
-    @property
-    def weight(self) -> Tensor:
+    def own_weight(self) -> Tensor:
         return self.unpack(self.codes)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.register_parameter("weight", value if isinstance(value, nn.Parameter) else nn.Parameter(value))
 
     def unpack(self, codes: Tensor) -> Tensor:
         """W₀ from its codes, in the dtype it had."""
@@ -112,7 +107,7 @@ class QuantisedLinear(AdaptedLinear):
 
     def bare(self) -> nn.Linear:
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.weight), self.bias
+        linear.weight, linear.bias = nn.Parameter(self.own_weight()), self.bias
         return linear.train(self.training)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def limited(batches: Iterable[Sequence[Tensor]], limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -18,16 +21,55 @@ def limited(batches: Iterable[Sequence[Tensor]], limit: int) -> Iterator[tuple[T
             return
 
 
+class Reads(TorchFunctionMode):
+    """Sees every product with one of these weights, whoever makes it.
+
+    Args:
+        weights: id of a weight -> its name. inside: names of modules that are running. seen: called with name, input
+            and output of a product that is not such a module's own.
+    """
+
+    def __init__(
+        self, weights: Mapping[int, str], inside: set[str], seen: Callable[[str, Tensor, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.weights, self.inside, self.seen = weights, inside, seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        output = function(*args, **named)
+        if function is F.linear:
+            weight = args[1] if len(args) > 1 else named["weight"]
+            name = self.weights.get(id(weight))
+            if name is not None and name not in self.inside:
+                self.seen(name, args[0] if args else named["input"], output)
+        return output
+
+
 @contextmanager
 def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call seen(name, input, output) whenever one of the modules has run."""
+    """Call seen(name, input, output) whenever one of the modules has run, or its weight has been read for `F.linear`.
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda _, given, output: seen(name, given[0], output)
+    timm's SwinV2, BEiT and EVA-02 never call ``attn.qkv``, so that a hook on it alone is never run.
+    """
+    inside: set[str] = set()
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, given: inside.add(name)
+
+    def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inside.discard(name)
+            seen(name, given[0], output)
+
+        return hook
+
+    weights = {id(module.weight): name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
+    handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     try:
-        yield
+        with Reads(weights, inside, seen):
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -33,7 +33,14 @@ from orca_rank.stages.setup import (
     resolve_backbone,
     stage_folder,
 )
-from orca_rank.stages.trainable import DIRECTIONS, adapter_module, audit, count_parameters, make_trainable
+from orca_rank.stages.trainable import (
+    DIRECTIONS,
+    adapter_module,
+    audit,
+    count_parameters,
+    make_trainable,
+    probe_adapters,
+)
 from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
 from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
@@ -130,6 +137,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     trained = {"embedder": config.embedder.train, "predictor": not config.predictor.frozen_on_purpose}
     make_trainable(model, config.adapter.method, plan, adapter, **trained)
     audit(model, config.embedder, config.predictor.frozen_on_purpose)
+    if injected:
+        probe_adapters(model, task.input_shape)
     update = update_of(model.body, layers, injected) if options.keep_update else None
     counts = count_parameters(model, injected)
     if plan is not None:

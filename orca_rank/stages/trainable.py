@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from orca_rank.adapters import inject
+from orca_rank.adapters import inject, probe
 from orca_rank.backbone import OrcaModel
 from orca_rank.build import build
 from orca_rank.measuring.spectra import load_directions
@@ -79,6 +80,25 @@ def make_trainable(
         one_of("adapter.method", method, ("inject", "full", "norm", "probe"))
     model.embedder.requires_grad_(embedder)
     model.predictor.requires_grad_(predictor)
+
+
+def probe_adapters(model: OrcaModel, input_shape: Sequence[int]) -> None:
+    """Pass two random images through the model, in evaluation mode, to see that each adapter gets a gradient.
+
+    Args:
+        input_shape: (C, H, W) of the task.
+
+    Raises:
+        ValueError: naming the layers that would never train.
+    """
+    place = next(model.parameters())
+    x = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0)).to(place)  # (2, C, H, W)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        probe(model.body, lambda: model.eval()(x))
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
