@@ -25,6 +25,8 @@ from orca_rank.adapters import (
     unmerge,
 )
 from orca_rank.adapters.reads import read_layers
+from orca_rank.measuring.activations import collect
+from orca_rank.measuring.gradients import collect_gradients
 from orca_rank.measuring.passes import watch
 
 timm = pytest.importorskip("timm")
@@ -191,3 +193,16 @@ def test_what_reaches_a_layer_is_seen_once_called_or_read(family: str) -> None:
         assert apart(y - y[:1, :1], F.linear(x - x[:1, :1], modules[name].weight)) < 1e-10  # up to a bias
     model(X)
     assert all(len(calls) == 1 for calls in seen.values())
+
+
+def test_measuring_names_a_layer_that_takes_no_part() -> None:
+    model = Bypass()
+    batches = [(torch.ones(2, 4), torch.ones(2, 4))]
+    known = {"hidden": model.hidden, "called": model.called}
+    inputs, _ = collect(model, known, batches, 2)
+    assert torch.equal(inputs["hidden"].pooled, batches[0][0])
+    everything = {**known, "idle": model.idle}
+    with pytest.raises(ValueError, match=r"idle took no part.*1 of 3"):
+        collect(model, everything, batches, 2)
+    with pytest.raises(ValueError, match=r"idle took no part.*1 of 3"):
+        collect_gradients(lambda x: x, model, F.mse_loss, everything, batches, 2)

@@ -166,6 +166,14 @@ def test_a_setting_without_influence_is_read(changes, tmp_path):
     assert torch.equal(model(X), adapted_swin(PLANS["fused"])(X))
 
 
+def test_settings_that_a_file_leaves_out_are_pefts_own(tmp_path):
+    folder = written(tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["lora_alpha"], config["bias"], config["use_rslora"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert {adapter.alpha for adapter in load_peft(swin(), folder).values()} == {8.0}
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_what_peft_starts_by_moving_the_base_is_refused(init, tmp_path):

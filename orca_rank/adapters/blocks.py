@@ -7,7 +7,7 @@ its own code.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def set_memory(model: nn.Module, memory: str) -> None:
             continue
         vars(block).pop("forward", None)
         if memory != "plain" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
-            block.forward = MethodType(swin_block if _is_swin(block) else vit_block, block)
+            block.forward = partial(swin_block if _is_swin(block) else vit_block, block)  # unlike a method, it pickles
 
 
 def _has(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -173,7 +173,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
     if found.keys() != layers.keys():
         raise KeyError(f"file and model adapt different layers, e.g. {sorted(found.keys() ^ layers.keys())[0]!r}")
     for name, (a, b) in layers.items():
-        alpha = value_of(name, config.get("alpha_pattern") or {}, config["lora_alpha"])
+        alpha = value_of(name, config.get("alpha_pattern") or {}, config.get("lora_alpha", 8))
         _fill(name, found[name], a, b, float(alpha), scaling)
     with torch.no_grad():
         for target, value in saved:

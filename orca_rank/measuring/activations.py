@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.measuring.passes import limited, watch
+from orca_rank.measuring.passes import check_seen, limited, watch
 
 
 class Inputs(NamedTuple):
@@ -63,7 +63,7 @@ def collect(
         module -> `Inputs` on the CPU, and the labels or fields y (n, ...).
 
     Raises:
-        ValueError: if there are no images, or what reaches a module holds NaN or infinity.
+        ValueError: if there are no images, a module takes no part, or what reaches it holds NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
     each, bearers = max(1, tokens // samples), min(samples, tokens)  # tokens of an image, images that give some
@@ -84,7 +84,7 @@ def collect(
             place = torch.randperm(x.shape[1], generator=generator)[: kept[name].shape[1]]
             kept[name][count : count + giving] = x[:giving, place.to(x.device)]
 
-    with watch(modules, keep), torch.inference_mode():
+    with watch(modules, keep) as names, torch.inference_mode():
         for x, y in limited(batches, samples):
             images = len(x)
             model(x.to(device))
@@ -93,6 +93,7 @@ def collect(
             advance(images)
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
+    check_seen(modules, names)
     for name, rows in pooled.items():
         if not torch.isfinite(rows[:count]).all():
             raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.measuring.passes import limited, watch
+from orca_rank.measuring.passes import check_seen, limited, watch
 from orca_rank.measuring.spectra import Decomposition, leading, upper_bound
 
 ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
@@ -91,7 +91,7 @@ def collect_gradients(
             watched weights.
 
     Raises:
-        ValueError: if there are no images, or a gradient is not finite.
+        ValueError: if there are no images, a module takes no part, or a gradient is not finite.
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +111,7 @@ def collect_gradients(
 
         output.register_hook(add)
 
-    with watch(modules, seen), torch.enable_grad():
+    with watch(modules, seen) as names, torch.enable_grad():
         for x, y in limited(batches, samples):
             images = len(x)
             signs = (torch.randint(0, 2, (draws, images), generator=generator) * 2.0 - 1).to(device)
@@ -122,6 +122,7 @@ def collect_gradients(
             advance(images)
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
+    check_seen(modules, names)
     for name, found in sums.items():
         if not torch.isfinite(found.total).all():
             raise ValueError(f"the gradient of {name} is not finite: check the labels and the predictor")

@@ -25,34 +25,43 @@ class Reads(TorchFunctionMode):
     """Sees every product with one of these weights, whoever makes it.
 
     Args:
-        weights: id of a weight -> its name. inside: names of modules that are running. seen: called with name, input
-            and output of a product that is not such a module's own.
+        weights: name -> weight. inside: names of modules that are running. seen: called with name, input and output of
+            a product that is not such a module's own.
     """
 
     def __init__(
-        self, weights: Mapping[int, str], inside: set[str], seen: Callable[[str, Tensor, Tensor], None]
+        self, weights: Mapping[str, Tensor], inside: set[str], seen: Callable[[str, Tensor, Tensor], None]
     ) -> None:
         super().__init__()
-        self.weights, self.inside, self.seen = weights, inside, seen
+        self.weights = dict(weights)  # held, so that no other tensor can take over an id
+        self.names, self.inside, self.seen = {id(weight): name for name, weight in weights.items()}, inside, seen
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         output = function(*args, **named)
         if function is F.linear:
             weight = args[1] if len(args) > 1 else named["weight"]
-            name = self.weights.get(id(weight))
+            name = self.names.get(id(weight))
             if name is not None and name not in self.inside:
                 self.seen(name, args[0] if args else named["input"], output)
         return output
 
 
 @contextmanager
-def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[set[str]]:
     """Call seen(name, input, output) whenever one of the modules has run, or its weight has been read for `F.linear`.
 
     timm's SwinV2, BEiT and EVA-02 never call ``attn.qkv``, so that a hook on it alone is never run.
+
+    Yields:
+        the names seen so far, for `check_seen`.
     """
     inside: set[str] = set()
+    names: set[str] = set()
+
+    def note(name: str, x: Tensor, output: Tensor) -> None:
+        names.add(name)
+        seen(name, x, output)
 
     def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, given: inside.add(name)
@@ -60,16 +69,16 @@ def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor]
     def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             inside.discard(name)
-            seen(name, given[0], output)
+            note(name, given[0], output)
 
         return hook
 
-    weights = {id(module.weight): name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    weights = {name: module.weight for name, module in modules.items() if isinstance(module, nn.Linear)}
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     try:
-        with Reads(weights, inside, seen):
-            yield
+        with Reads(weights, inside, note):
+            yield names
     finally:
         for handle in handles:
             handle.remove()
@@ -85,3 +94,16 @@ def linear(body: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{name} is a {type(module).__name__}; only Linear modules are measured")
     return module
+
+
+def check_seen(modules: Mapping[str, nn.Module], names: set[str]) -> None:
+    """Refuse to go on where images have passed and a module has not been seen.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if missing := [name for name in modules if name not in names]:
+        raise ValueError(
+            f"{missing[0]} took no part in the forward pass ({len(missing)} of {len(modules)} such layers): the model "
+            "neither calls it nor multiplies by its weight in F.linear, so that nothing reaches it; leave it out"
+        )
