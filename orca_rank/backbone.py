@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from orca_rank.measuring.passes import watch
 from orca_rank.predictors import Stages
 from orca_rank.predictors.orca import orca
 from orca_rank.ranks import Layer
@@ -97,21 +98,15 @@ class OrcaModel(nn.Module):
         return self.predictor(self.body(tokens) if reads is None else self.maps(tokens, reads))
 
     def maps(self, tokens: Float[Tensor, "b ... d"], reads: Sequence[int]) -> list[Float[Tensor, "b _h _w _d"]]:
-        """Feature maps of the stages `reads`. Hooks that last for this call catch those before the last, so the body
-        keeps its names, its adapters and its own forward pass."""
-        names = [info["module"] for info in _feature_info(self.body)]
-        found: dict[int, Tensor] = {}
-        wanted = {i % len(names) for i in reads} - {len(names) - 1}
-        handles = [
-            self.body.get_submodule(names[i]).register_forward_hook(lambda _, args, x, i=i: found.update({i: x}))
-            for i in wanted
-        ]
-        try:
-            found[len(names) - 1] = self.body(tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [self._placed(found[i % len(names)]) for i in reads]
+        """Feature maps of the stages `reads`. Those before the last are watched for this call, so the body keeps its
+        names, its adapters and its own forward pass."""
+        names = [str(info["module"]) for info in _feature_info(self.body)]
+        wanted = [names[i] for i in reads]
+        found: dict[str, Tensor] = {}
+        modules = {name: self.body.get_submodule(name) for name in {*wanted} - {names[-1]}}
+        with watch(modules, lambda name, _, x: found.update({name: x})):
+            found[names[-1]] = self.body(tokens)
+        return [self._placed(found[name]) for name in wanted]
 
     def _placed(self, x: Float[Tensor, "b ... d"]) -> Float[Tensor, "b h w d"]:
         """A ViT's tokens at their places, those that stand for no place (the first) left out."""

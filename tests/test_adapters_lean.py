@@ -269,6 +269,7 @@ class _Checkpointed(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
 def test_torch_compile():
     plain = adapt(vit().double(), "plain")

@@ -57,9 +57,6 @@ def test_training_lowers_every_objective(composed: Compose, objective: str, sche
     metrics = json.loads((folder(config) / "metrics.json").read_text())
     assert metrics["objective"] == objective
     assert set(metrics["distances"]) == {"otdd", "mmd", "sliced"}
-    for pair in metrics["distances"].values():
-        for when in ("before", "after"):
-            assert pair[when]["low"] <= pair[when]["value"] <= pair[when]["high"]
     assert metrics["distances"]["sliced"]["after"]["value"] < metrics["distances"]["sliced"]["before"]["value"]
     assert not (folder(config) / "last.ckpt").exists()
 

@@ -22,6 +22,7 @@ TINY = (
     "data=digits",
     "data.channels=3",
     "data.invert=true",
+    "data.train_limit=256",
     "gap.samples=128",
     "gap.bootstrap=0",
     "gap.permutations=9",

@@ -1,1 +1,39 @@
 """Datasets: LightningDataModules with a `.task`; train, val and test never overlap."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch.utils.data import DataLoader
+
+from orca_rank.task import Task
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What a stage asks of a dataset; `orca_rank.data.module.InMemory` gives the rest.
+
+    Batches are (x, y): x (B, C, H, W) float32 as the network reads them, y int64 (B,) for classes or float fields
+    (B, c, H, W).
+    """
+
+    @property
+    def task(self) -> Task:
+        """Shapes, loss and metric."""
+
+    def prepare_data(self) -> None: ...
+
+    def setup(self, stage: str) -> None:
+        """Make the loaders of "fit" (train and val) or "test" ready."""
+
+    def train_dataloader(self) -> DataLoader[Any]: ...
+
+    def val_dataloader(self) -> DataLoader[Any]: ...
+
+    def test_dataloader(self) -> DataLoader[Any]: ...
+
+
+def count(loader: DataLoader[Any]) -> int:
+    """How many samples a loader's dataset holds."""
+    dataset: Any = loader.dataset
+    return len(dataset)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -16,6 +15,28 @@ from orca_rank.ranks.rules import gap_values, need_budget
 
 STATISTICS = ("mean", "mode", "quantile", "sample")
 Law = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the three priors are asked for; see `ibp_count`.
+
+    Raises:
+        ValueError: for an unknown statistic or a quantile outside (0, 1).
+    """
+
+    a: float | None
+    gamma: float
+    metric: str
+    statistic: str
+    quantile: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {self.statistic!r}")
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must lie between 0 and 1, got {self.quantile}")
 
 
 def ibp_count(
@@ -40,14 +61,7 @@ def ibp_count(
     Raises:
         ValueError: for a bad option, or an `a` whose ranks exceed the budget.
     """
-    options: dict[str, Any] = {
-        "a": a,
-        "gamma": gamma,
-        "metric": metric,
-        "statistic": statistic,
-        "quantile": quantile,
-        "seed": seed,
-    }
+    options = Options(a, gamma, metric, statistic, quantile, seed)
     return _from_prior("ibp_count", poisson_law, layers, budget, options)
 
 
@@ -66,14 +80,7 @@ def ibp_stick(
     `statistic="mode"` is refused: this law is largest at r_min whatever the gap."""
     if statistic == "mode":
         raise ValueError("the mode of ibp_stick is r_min for every gap: take statistic=mean, quantile or sample")
-    options: dict[str, Any] = {
-        "a": a,
-        "gamma": gamma,
-        "metric": metric,
-        "statistic": statistic,
-        "quantile": quantile,
-        "seed": seed,
-    }
+    options = Options(a, gamma, metric, statistic, quantile, seed)
     return _from_prior("ibp_stick", stick_law, layers, budget, options)
 
 
@@ -91,14 +98,7 @@ def beta_bernoulli(
 ) -> RankPlan:
     """r_i ~ Binomial(K, α_i/(K + α_i)), the finite beta-Bernoulli prior with K = `features` (by default the highest
     rank allowed in the layer), which no rank exceeds; other arguments and errors as in `ibp_count`."""
-    options: dict[str, Any] = {
-        "a": a,
-        "gamma": gamma,
-        "metric": metric,
-        "statistic": statistic,
-        "quantile": quantile,
-        "seed": seed,
-    }
+    options = Options(a, gamma, metric, statistic, quantile, seed)
     if features is not None and features < max(1, 0 if budget is None else budget.r_min):
         raise ValueError(f"features is the highest rank: it must be at least 1 and budget.r_min, got {features}")
 
@@ -114,46 +114,42 @@ def _from_prior(
     law: Law,
     layers: Sequence[LayerLike],
     budget: Budget | None,
-    options: dict[str, Any],
+    options: Options,
     r_max: int | None = None,
 ) -> RankPlan:
     records = as_layers(layers)
-    statistic, a, gamma, share = (options[key] for key in ("statistic", "a", "gamma", "quantile"))
-    if statistic not in STATISTICS:
-        raise ValueError(f"statistic must be one of {', '.join(STATISTICS)}, got {statistic!r}")
-    if not 0 < share < 1:
-        raise ValueError(f"quantile must lie between 0 and 1, got {share}")
-    limit = need_budget(budget, rule, "or give rank.a") if a is None else budget
+    limit = need_budget(budget, rule, "or give rank.a") if options.a is None else budget
     if limit is not None and r_max is not None:
         limit = replace(limit, r_max=r_max if limit.r_max is None else min(r_max, limit.r_max))
-    gaps = gap_values(records, options["metric"], rule)
-    unit = concentration(gaps, 1.0 if a is None else a, gamma)
+    gaps = gap_values(records, options.metric, rule)
+    unit = concentration(gaps, 1.0 if options.a is None else options.a, options.gamma)
     if limit is None:
         low = np.zeros(len(records), dtype=int)
         high = np.array([min(layer.full_rank, r_max or layer.full_rank) for layer in records])
     else:
         low, high = (np.array(bound) for bound in limit.bounds(records))
-    uniforms = np.random.default_rng(options["seed"]).random(len(records))
+    uniforms = np.random.default_rng(options.seed).random(len(records))
 
     def means(level: float) -> np.ndarray:
         probability = law(level * unit, low, high)
         return probability @ np.arange(probability.shape[1])
 
     def ranks(level: float) -> np.ndarray:
-        if statistic == "mean":
+        if options.statistic == "mean":
             return np.floor(means(level) + 1e-9).astype(int)
         probability = law(level * unit, low, high)
-        if statistic == "mode":
+        if options.statistic == "mode":
             return probability.argmax(axis=1)
-        target = np.full(len(records), float(share)) if statistic == "quantile" else uniforms
+        target = np.full(len(records), float(options.quantile)) if options.statistic == "quantile" else uniforms
         below = np.cumsum(probability, axis=1) < target[:, None] - 1e-12
         return np.minimum(below.sum(axis=1), high)
 
-    if a is None:
-        level, named = share_along(records, need_budget(limit, rule), power(gaps, gamma), means, ranks)
-        return RankPlan(named, rule, budget, {**options, "a": level})
-    chosen = _largest_remainder(means(1.0)) if statistic == "mean" else ranks(1.0)
-    plan = RankPlan({layer.name: int(r) for layer, r in zip(records, chosen, strict=True)}, rule, budget, options)
+    if options.a is None:
+        level, named = share_along(records, need_budget(limit, rule), power(gaps, options.gamma), means, ranks)
+        return RankPlan(named, rule, budget, asdict(replace(options, a=level)))
+    chosen = _largest_remainder(means(1.0)) if options.statistic == "mean" else ranks(1.0)
+    named = {layer.name: int(r) for layer, r in zip(records, chosen, strict=True)}
+    plan = RankPlan(named, rule, budget, asdict(options))
     return _within_budget(plan, records)
 
 

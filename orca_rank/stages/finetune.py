@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -172,9 +172,10 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
 
     model.load_state_dict(keep.best, strict=False)
     data.setup("test")
+    datamodule = cast(L.LightningDataModule, data)  # which it is; Data names what a stage asks of it
     with interrupts():
-        validation = trainer.validate(module, datamodule=data, verbose=False)[0]
-        tested = trainer.test(module, datamodule=data, verbose=False)[0]
+        validation = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
+        tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
     payload = {
         **validation,
         **tested,

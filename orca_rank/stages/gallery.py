@@ -7,27 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 
-from orca_rank.build import build
+from orca_rank.data import Data
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import load
 from orca_rank.report.figures import Gallery
+from orca_rank.stages.setup import ready
 
 _SAMPLES = 4
 
 
-def test_data(node: Mapping[str, Any]) -> LightningDataModule:
+def test_data(node: Mapping[str, Any]) -> Data:
     """The data of these options, ready to test."""
-    data = build(node)
-    data.prepare_data()
-    data.setup("test")
-    return data
+    return ready(node, "test")
 
 
 @torch.inference_mode()
-def predictions(run_folder: Path, tag: str, data: LightningDataModule) -> Gallery:
+def predictions(run_folder: Path, tag: str, data: Data) -> Gallery:
     """The first test samples as a fine-tune predicts them."""
     fitted = load(run_folder, tag)
     x, y = next(iter(data.test_dataloader()))
@@ -43,7 +40,7 @@ def predictions(run_folder: Path, tag: str, data: LightningDataModule) -> Galler
     return Gallery(inputs, targets, guesses, metric, label)
 
 
-def baselines(data: LightningDataModule) -> dict[str, float]:
+def baselines(data: Data) -> dict[str, float]:
     """Relative L2 of classical solvers that see what the network sees, for data that have one."""
     if not isinstance(data, Darcy):
         return {}

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import DataLoader
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write_tensors
@@ -20,6 +21,7 @@ from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
+from orca_rank.data import Data, count
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.gradients import Gradients, collect_gradients
@@ -85,9 +87,7 @@ class Pass:
     device: torch.device
     progress: Progress
 
-    def side(
-        self, model: OrcaModel, data: L.LightningDataModule, watched: Sequence[str], tokens: int, name: str
-    ) -> Side:
+    def side(self, model: OrcaModel, data: Data, watched: Sequence[str], tokens: int, name: str) -> Side:
         """Images through embedder and body: what reaches every watched module, `tokens` of it for spectra."""
         model, loader, samples = self._ready(model, data)
         modules = {module: model.body.get_submodule(module) for module in watched}
@@ -103,7 +103,7 @@ class Pass:
         )
         return Side(inputs, Labeller(y, self.clusters, self.seed)(y).numpy())
 
-    def gradients(self, model: OrcaModel, data: Any, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
+    def gradients(self, model: OrcaModel, data: Data, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
         """The target's loss at the start of fine-tuning, backward to every watched module."""
         model, loader, samples = self._ready(model, data)
         return collect_gradients(
@@ -123,10 +123,10 @@ class Pass:
         task = self.progress.add_task(name, total=total)
         return lambda steps=1: self.progress.advance(task, steps)
 
-    def _ready(self, model: OrcaModel, data: L.LightningDataModule) -> tuple[OrcaModel, Any, int]:
+    def _ready(self, model: OrcaModel, data: Data) -> tuple[OrcaModel, DataLoader[Any], int]:
         L.seed_everything(self.seed, verbose=False)  # the order of the images, whatever ran before
         loader = data.train_dataloader()
-        return model.eval().to(self.device), loader, min(self.samples, len(loader.dataset))
+        return model.eval().to(self.device), loader, min(self.samples, count(loader))
 
 
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> list[Layer]:
@@ -219,7 +219,7 @@ def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
     return model
 
 
-def _try_out(config: DictConfig, options: GapOptions, data: L.LightningDataModule) -> None:
+def _try_out(config: DictConfig, options: GapOptions, data: Data) -> None:
     """Refuse before any work a rule whose measurement is turned off."""
     body = bare_model(config, outline(data)).body
     layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
@@ -240,7 +240,7 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
     return config
 
 
-def _ready(node: DictConfig, batch_size: int | None) -> Any:
+def _ready(node: DictConfig, batch_size: int | None) -> Data:
     """A data module, ready for its training loader, with this batch size where it has one."""
     if batch_size is None or "batch_size" not in node:
         return ready(node)

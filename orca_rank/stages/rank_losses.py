@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orca_rank.adapters import DyLoRA, adapters, set_rank
 from orca_rank.artifacts.files import write_tensors
+from orca_rank.data import count
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import data_for, stage_folder
 from orca_rank.stages.trainer import device_of
@@ -41,7 +42,7 @@ def run(config: DictConfig) -> None:
         losses = rank_losses(fitted, batches, lambda: progress.advance(bar))
     path = folder / "rank_losses.safetensors"
     write_tensors(path, losses)
-    top, images = int(losses["ranks"][-1]), len(batches.dataset)
+    top, images = int(losses["ranks"][-1]), count(batches)
     console.print(f"{len(losses) - 1} layers at ranks 0 to {top}, {images} images: {path}", soft_wrap=True)
 
 

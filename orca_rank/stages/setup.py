@@ -17,6 +17,7 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain, select
 from orca_rank.backbone import OrcaModel, create_model, source_model
 from orca_rank.build import build
+from orca_rank.data import Data
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import Fitted
 from orca_rank.options import flag
@@ -96,18 +97,18 @@ def source_side(backbone: Mapping[str, Any], seed: int, data: Any) -> OrcaModel:
     return model
 
 
-def outline(data: Any) -> Task:
+def outline(data: Data) -> Task:
     """The task of a data module, without loading the data where the module can tell its shapes beforehand."""
     return getattr(data, "outline", None) or data.task
 
 
-def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: Any) -> Any:
+def ready(node: DictConfig | Mapping[str, Any], part: str = "fit", **options: Any) -> Data:
     """A data module built from its config and set up for "fit" or "test": its loaders can be asked for.
 
     Args:
         node: a data config with a `_target_`. options: instead of, or beside, those in the config.
     """
-    data = build(node, **options)
+    data: Data = build(node, **options)
     data.prepare_data()
     data.setup(part)
     return data

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from orca_rank.data import Data
 from orca_rank.measuring.passes import limited
 
 
@@ -26,7 +26,7 @@ def token_mean(tokens: Float[Tensor, "b ... d"]) -> Float[Tensor, "b d"]:
     return tokens.float().flatten(1, -2).mean(1)
 
 
-def plain_loader(data: L.LightningDataModule, part: str, batch_size: int) -> DataLoader:
+def plain_loader(data: Data, part: str, batch_size: int) -> DataLoader:
     """A loader without shuffling, and without augmentation where the module can do without it."""
     if hasattr(data, "loader"):
         loader = data.loader(part)
