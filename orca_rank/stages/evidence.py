@@ -45,7 +45,7 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError: an option out of range, adapters whose scale depends on their rank, or rows of other options.
     """
-    protocol = protocol_of(config)
+    protocol = protocol_of(config.evidence)
     if config.adapter.module.get("scaling") != "constant":
         raise ValueError(
             f"stage=evidence compares plans at one scale, received adapter.module.scaling="
@@ -67,16 +67,15 @@ def run(config: DictConfig) -> None:
         console.print(f"{len(rows)} done{time_left}: {points[0].task} {points[0].name}", soft_wrap=True)
         rows.append(_run_point(config, folder, points[0], costs[points[0].task], protocol))
         _collect(folder, rows)
-    _conclude(config, folder, protocol, rows)
+    _conclude(folder, protocol, rows, str(config.evidence.metric))
 
 
-def protocol_of(config: DictConfig) -> Protocol:
+def protocol_of(given: DictConfig) -> Protocol:
     """The options of config.evidence as they travel.
 
     Raises:
         ValueError: for an option out of range.
     """
-    given = config.evidence
     return Protocol(
         tasks=tuple(given.tasks),
         rules=tuple(given.rules),
@@ -189,13 +188,13 @@ def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -
     yield from rank_grows_with_gap(protocol, rows, gaps)
 
 
-def _conclude(config: DictConfig, folder: Path, protocol: Protocol, rows: Sequence[Row]) -> None:
+def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:
     gaps = {}
     for task in protocol.tasks:
         path = folder / task / "measure" / "layers.json"
         if path.exists():
             layers = [Layer.from_dict(record) for record in read_json(path, "stage=evidence")["layers"]]
-            gaps[task] = median(layer.gap[config.evidence.metric].value for layer in layers)
+            gaps[task] = median(layer.gap[metric].value for layer in layers)
     found = list(claims(protocol, rows, gaps))
     answers = []
     for task in protocol.tasks:

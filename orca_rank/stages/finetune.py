@@ -97,7 +97,7 @@ def check_options(config: DictConfig) -> FinetuneOptions:
     if "dropout" in module:
         number("adapter.module.dropout", module["dropout"], least=0, below=1)
     if config.adapter.method == "inject":
-        budget_of(config)
+        budget_of(config.budget)
     return read(FinetuneOptions, values, "finetune")
 
 

@@ -82,11 +82,11 @@ def _plan(config: DictConfig, layers: Sequence[Layer], measured: Path) -> RankPl
             soft_wrap=True,
             markup=False,
         )
-        return ranks.uniform(layers, budget_of(config)).check(layers)
+        return ranks.uniform(layers, budget_of(config.budget)).check(layers)
 
 
 def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
-    budget, layers = budget_of(config), ranks.averaged(layers, config.layers.group)
+    budget, layers = budget_of(config.budget), ranks.averaged(layers, config.layers.group)
     plans = {}
     for name in config.plan.rules:
         if name not in ranks.RULES:

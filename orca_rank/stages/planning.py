@@ -51,20 +51,20 @@ def read_layers(path: Path) -> list[Layer]:
 def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
     budget, checked against them, and with the hash of the measurements where there are any that it may have read."""
-    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config))
+    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config.budget))
     plan.check(layers)
     path = stage_folder(config, "measure") / "layers.json"
     blind = plan.rule in ("uniform", "from_file") or not path.exists()
     return plan if blind else replace(plan, measurement=file_hash(path))
 
 
-def budget_of(config: DictConfig) -> Budget | None:
-    """The configured budget; None where no limit is set, for rules that know how many ranks they want.
+def budget_of(node: DictConfig) -> Budget | None:
+    """The budget of config.budget; None where no limit is set, for rules that know how many ranks they want.
 
     Raises:
         ValueError: for more than one limit, or bounds without one.
     """
-    options = plain(config.budget)
+    options = plain(node)
     if any(options[name] is not None for name in ("mean_rank", "total_rank", "parameters")):
         return Budget(**options)
     if options["r_min"] or options["r_max"] is not None:

@@ -39,9 +39,10 @@ def run(config: DictConfig) -> None:
         FileNotFoundError: no stage has left anything. ValueError: a damaged or incomplete file; both name the command.
             ValueError: a name in report.runs that is no run with fine-tunes.
     """
-    path = Path(config.paths.runs) / str(config.run)
-    others = [RunFolder(other, _chosen(config, other)) for other in other_runs(path, config)]
-    found = read_run(path, _chosen(config, path))
+    runs = Path(config.paths.runs)
+    path = runs / str(config.run)
+    others = [RunFolder(other, _chosen(runs, other)) for other in other_runs(path, runs, plain(config.report.runs))]
+    found = read_run(path, _chosen(runs, path))
     for other in others:
         found.add(read_tunes(other))
     if found.empty:
@@ -76,32 +77,30 @@ def run(config: DictConfig) -> None:
     console.print(f"{len(page.images)} figures; open {path / 'report.html'}", soft_wrap=True)
 
 
-def other_runs(own: Path, config: DictConfig) -> list[Path]:
+def other_runs(own: Path, runs: Path, named: str | Sequence[str]) -> list[Path]:
     """The run folders that report.runs names, by name or pattern below paths.runs, without the run's own.
 
     Raises:
         ValueError: for a name or pattern without a fine-tune.
     """
-    named = plain(config.report.runs)
     folders: dict[Path, None] = {}
     for pattern in [named] if isinstance(named, str) else named:
-        fitting = sorted(Path(path) for path in glob.glob(str(Path(config.paths.runs) / str(pattern))))
+        fitting = sorted(Path(path) for path in glob.glob(str(runs / str(pattern))))
         fitting = [path for path in fitting if (path / "finetune").is_dir()]
         if not fitting:
-            there = sorted(path.parent.name for path in Path(config.paths.runs).glob("*/finetune"))
+            there = sorted(path.parent.name for path in runs.glob("*/finetune"))
             raise ValueError(
-                f"report.runs={pattern}: no run with fine-tunes in {config.paths.runs} has this name; there are "
+                f"report.runs={pattern}: no run with fine-tunes in {runs} has this name; there are "
                 f"{', '.join(there) or 'none'}"
             )
         folders |= dict.fromkeys(fitting)
     return [path for path in folders if path != own]
 
 
-def _chosen(config: DictConfig, path: Path) -> str:
+def _chosen(runs: Path, path: Path) -> str:
     """The arguments that choose a run folder."""
-    runs = str(config.paths.runs)
     name = f"run={os.path.relpath(path, runs)}"
-    return shlex.join([name] if runs == "runs" else [name, f"paths.runs={runs}"])
+    return shlex.join([name] if str(runs) == "runs" else [name, f"paths.runs={runs}"])
 
 
 def _from_data(config: DictConfig, path: Path, tune: Tune) -> tuple[Gallery | None, dict[str, float]]:
