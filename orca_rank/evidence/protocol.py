@@ -183,8 +183,9 @@ def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point
     for rank in protocol.budgets:
         yield [
             Point("rules", task, rule, rank, seed, permutation, rates[UNIFORM, rank], head)
+            for seed in range(protocol.seeds_of(UNIFORM))  # so that every rule has its pairs wherever a run stops
             for rule in dict.fromkeys((UNIFORM, *protocol.rules))
-            for seed in range(protocol.seeds_of(rule))
+            if seed < protocol.seeds_of(rule)
             for permutation in range(protocol.permutations if rule in protocol.permuted else 1)
         ]
     if protocol.own_rates is not None:
