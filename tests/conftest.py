@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from orca_rank.__main__ import CONF
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture
