@@ -61,6 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def with_demo(arguments: Sequence[str]) -> list[str]:
     """The command line with experiment=demo where it says nothing but where and how to run."""
+    if {"--help", "-h"} & {*arguments}:
+        return list(arguments)  # nothing runs
     options = [i for i, one in enumerate(arguments) if not one.startswith("-") and ("=" in one or one.startswith("~"))]
     if not all(arguments[i].lstrip("+").startswith(DEMO_TOO) for i in options):
         return list(arguments)

@@ -10,16 +10,15 @@ import copy
 import difflib
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from orca_rank.measuring.passes import watch
@@ -27,6 +26,15 @@ from orca_rank.predictors import Stages
 from orca_rank.predictors.orca import orca
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
+
+_there = "wandb" in sys.modules
+if not _there:  # timm imports it for its own training scripts alone, which takes a second
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # Python's own way to say: not to be found
+import timm  # noqa: E402
+from timm.layers import PatchEmbed  # noqa: E402
+
+if not _there:
+    del sys.modules["wandb"]
 
 
 class Embedder(nn.Module):

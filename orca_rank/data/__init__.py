@@ -1,4 +1,4 @@
-"""Datasets: LightningDataModules with a `.task`; train, val and test never overlap."""
+"""Datasets: data modules with a `.task`; train, val and test never overlap."""
 
 from __future__ import annotations
 

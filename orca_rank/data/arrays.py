@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash
@@ -271,6 +270,8 @@ def pseudo_labels(x: Tensor, clusters: int, seed: int, side: int = 16) -> Tensor
     size = min(side, x.shape[-2]), min(side, x.shape[-1])
     scaled = Normaliser.fit(x, "channel").isotropic()
     parts = [F.adaptive_avg_pool2d(scaled.encode(part), size).flatten(1) for part in x.split(chunk_of(x))]
+    from sklearn.cluster import KMeans  # here, because it takes a second
+
     fitted = KMeans(clusters, n_init=1, random_state=seed).fit(torch.cat(parts).numpy())
     return torch.from_numpy(fitted.labels_.astype(np.int64))
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -49,8 +48,11 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-class InMemory(LightningDataModule, ABC):
+class InMemory(ABC):
     """A dataset held in memory and loaded when first asked for; a subclass says what it holds in `load`.
+
+    It has the hooks of a LightningDataModule without being one: importing lightning takes seconds, and stages that
+    train nothing do without.
 
     Args:
         batch_size: samples per batch.
@@ -69,7 +71,6 @@ class InMemory(LightningDataModule, ABC):
         statistics: Mapping[str, Tensor] | None = None,
         classes: Sequence[int | str] | None = None,
     ) -> None:
-        super().__init__()
         check_whole("batch_size", batch_size)
         check_whole("seed", seed, least=0)
         self.batch_size, self.seed = batch_size, seed
@@ -133,6 +134,9 @@ class InMemory(LightningDataModule, ABC):
             return Normaliser.fit(x, per)
         self.given.check(tuple(x.shape[1:]))
         return self.given
+
+    def prepare_data(self) -> None:  # noqa: B027 (most have nothing to fetch)
+        """Fetch what is not there yet: nothing, unless a subclass does."""
 
     def setup(self, stage: str | None = None) -> None:
         """Load now, so that bad data fails before training starts."""

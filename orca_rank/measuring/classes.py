@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans, MiniBatchKMeans
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
 
@@ -26,6 +30,8 @@ class Labeller:
             raise ValueError(f"align.clusters must be at least 1, received {clusters}")
         self.means: KMeans | MiniBatchKMeans | None = None
         if y.is_floating_point():
+            from sklearn.cluster import KMeans, MiniBatchKMeans  # here, because it takes a second
+
             method = MiniBatchKMeans if len(y) > MINI_BATCH else KMeans
             self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(self._flat(y))
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from scipy.stats import spearmanr
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from orca_rank.distances.calibrate import Calibrated, calibrate, family_p
@@ -142,10 +141,19 @@ def agreement(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     rows = [_numbers(layer, depth) for depth, layer in enumerate(layers)]
     columns = {name: [row[name] for row in rows] for name in rows[0] if all(name in row for row in rows)}
     varying = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    if not varying:
+        return {}
+    found = np.atleast_2d(np.corrcoef([_ranked(values) for values in varying.values()]))
     return {
-        name: {other: round(float(spearmanr(values, others).statistic), 3) for other, others in varying.items()}
-        for name, values in varying.items()
+        name: {other: round(float(value), 3) for other, value in zip(varying, row, strict=True)}
+        for name, row in zip(varying, found, strict=True)
     }
+
+
+def _ranked(values: Sequence[float]) -> Float[np.ndarray, " n"]:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
 
 
 def placeholder(options: GapOptions, layer: Layer) -> Layer:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from orca_rank.measuring.records import WeightRank
@@ -58,7 +58,7 @@ def upper_bound(draws: Sequence[float] | Float[np.ndarray, " draws"], level: flo
     n = len(values)
     if n < 2:
         raise ValueError(f"a null needs at least 2 draws, got {n}")
-    return float(values.mean() + stats.t.ppf(level, n - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / n))
+    return float(values.mean() + special.stdtrit(n - 1, level) * values.std(ddof=1) * np.sqrt(1 + 1 / n))
 
 
 def leading(matrix: Float[Tensor, "... m n"], k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

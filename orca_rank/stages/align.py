@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -27,6 +26,7 @@ from orca_rank.stages.setup import (
     contents,
     ready,
     resolve_backbone,
+    seed_everything,
     source_side,
     stage_folder,
 )
@@ -80,7 +80,7 @@ def run(config: DictConfig) -> None:
 def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
     seed = int(config.seed)
-    L.seed_everything(seed, verbose=False)
+    seed_everything(seed)
     data = ready(config.data)
     torch.manual_seed(seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder

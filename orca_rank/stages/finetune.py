@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -31,6 +30,7 @@ from orca_rank.stages.setup import (
     contents,
     ready,
     resolve_backbone,
+    seed_everything,
     stage_folder,
 )
 from orca_rank.stages.trainable import (
@@ -124,7 +124,7 @@ def run(config: DictConfig) -> None:
 
 
 def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
-    L.seed_everything(config.seed, verbose=False)
+    seed_everything(config.seed)
     data = ready(config.data)
     task = data.task
     model = build_model(config, task)
@@ -165,17 +165,22 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     module = FineTune(model, task, optimizer, options, int(config.seed), ratio)
     if trainer.logger is not None:
         trainer.logger.log_hyperparams(plain(made_from))
-    fit(trainer, module, checkpoint_of(folder) if begun else None, datamodule=data)
+    fit(
+        trainer,
+        module,
+        checkpoint_of(folder) if begun else None,
+        train_dataloaders=data.train_dataloader(),
+        val_dataloaders=data.val_dataloader(),
+    )
     if not keep.best:
         raise FloatingPointError(f"{monitor} was not finite after any epoch: lower finetune.optimizer.lr")
     epochs = trainer.current_epoch
 
     model.load_state_dict(keep.best, strict=False)
     data.setup("test")
-    datamodule = cast(L.LightningDataModule, data)  # which it is; Data names what a stage asks of it
     with interrupts():
-        validation = trainer.validate(module, datamodule=datamodule, verbose=False)[0]
-        tested = trainer.test(module, datamodule=datamodule, verbose=False)[0]
+        validation = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
+        tested = trainer.test(module, data.test_dataloader(), verbose=False)[0]
     payload = {
         **validation,
         **tested,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -39,6 +38,7 @@ from orca_rank.stages.setup import (
     outline,
     ready,
     resolve_backbone,
+    seed_everything,
     source_side,
     stage_folder,
 )
@@ -124,14 +124,14 @@ class Pass:
         return lambda steps=1: self.progress.advance(task, steps)
 
     def _ready(self, model: OrcaModel, data: Data) -> tuple[OrcaModel, DataLoader[Any], int]:
-        L.seed_everything(self.seed, verbose=False)  # the order of the images, whatever ran before
+        seed_everything(self.seed)  # the order of the images, whatever ran before
         loader = data.train_dataloader()
         return model.eval().to(self.device), loader, min(self.samples, count(loader))
 
 
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> list[Layer]:
     seed = int(config.seed)
-    L.seed_everything(seed, verbose=False)
+    seed_everything(seed)
     target_data = build(config.data)
     _try_out(config, options, target_data)
     nodes = {"source": config.source, "target": config.data}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -23,7 +25,6 @@ from orca_rank.fitted import Fitted
 from orca_rank.options import flag
 from orca_rank.stages.trainer import check_trainer, trainer_options
 from orca_rank.task import Task
-from orca_rank.training.pretrain import pretrain_source
 from orca_rank.weights import shipped
 
 console = Console(highlight=False)
@@ -95,6 +96,13 @@ def source_side(backbone: Mapping[str, Any], seed: int, data: Any) -> OrcaModel:
         data.check(model.embedder, backbone["pretrained"] is not False)
         model.embedder = nn.Identity()
     return model
+
+
+def seed_everything(seed: int) -> None:
+    """Every generator that draws in this process."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (a user's own data or metric may draw from it)
+    torch.manual_seed(seed)
 
 
 def outline(data: Data) -> Task:
@@ -193,5 +201,7 @@ def on_source(config: DictConfig) -> Path:
                 console.print(
                     f"pretraining {config.backbone.name} on the source data, kept in {folder}", soft_wrap=True
                 )
+                from orca_rank.training.pretrain import pretrain_source  # here, because lightning takes seconds
+
                 pretrain_source(made_from["backbone"], build(config.source), folder, made_from, trainer)
     return weights

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import ListConfig
 from torch import nn
 
 from orca_rank.artifacts.provenance import plain
 from orca_rank.build import build
 from orca_rank.options import number
+
+if TYPE_CHECKING:
+    import lightning as L
+    from lightning.pytorch.callbacks import Callback
 
 # What a stage tells the Trainer itself, and the option that says it.
 OWN = {
@@ -31,6 +31,8 @@ OWN = {
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Raise a ValueError for options that Lightning refuses, that a stage sets itself, or more than one process."""
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # here, because it takes seconds
+
     for name, instead in OWN.items():
         if name in trainer:
             raise ValueError(f"trainer.{name} is set by the stage: use {instead}")
@@ -65,6 +67,8 @@ def check_optimizer(node: Any, name: str) -> None:
 
 def trainer_for(trainer: Any, logger: Any, folder: Path, callbacks: list[Callback], **options: Any) -> L.Trainer:
     """Lightning's Trainer for a stage: one process, its logger in the stage's folder, no checkpoints of its own."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
     options |= {"plugins": LightningEnvironment()} if "plugins" not in trainer else {}
     return build(
         trainer,
