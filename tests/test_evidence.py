@@ -267,3 +267,46 @@ def test_the_recommendation_is_the_smallest_rank_that_does() -> None:
     assert text.startswith("far: rank matters") and "rank.r=16" in text and "17,000 trained" in text
     flat = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
     assert "hardly matters" in recommended(PROTOCOL, flat, "far") and "rank.r=1 " in recommended(PROTOCOL, flat, "far")
+
+
+# arms: other adapters, other alignments
+
+
+ARMS = Protocol(tasks=("far",), rules=(), budgets=(), gate=(), seeds=6, arms=("lora", "dora"), arms_rank=2)
+
+
+def test_arms_are_tuned_and_then_run_seed_by_seed() -> None:
+    rows: list[Row] = []
+    while points := pending(ARMS, rows):
+        point = points[0]
+        rows.append(Row(**vars(point), val=abs(np.log(point.lr / 3e-3)), test=1.0, parameters=1, seconds=1.0))
+    compared = [row for row in rows if row.part == "arms"]
+    assert len(rows) == most(ARMS) == 3 + 2 * 3 + 2 * 6
+    assert [(row.seed, row.rule) for row in compared[:4]] == [(0, "lora"), (0, "dora"), (1, "lora"), (1, "dora")]
+    assert {row.lr for row in compared} == {3e-3} and not any(row.part == "gate" for row in rows)
+
+
+def test_an_arm_is_compared_with_the_first_in_per_cent_of_its_error() -> None:
+    draw = np.random.default_rng(0)
+    rows = []
+    for seed in range(6):
+        shared = 0.2 + 0.01 * draw.standard_normal()
+        for rule, factor in (("lora", 1.0), ("dora", 0.9)):
+            test = shared * factor + 1e-4 * draw.standard_normal()
+            rows.append(Row("arms", "far", rule, 2, seed, 0, 3e-3, 3e-3, test, test, 1, 1.0))
+    (claim,) = rules_against_uniform(rows, ["far"], 2, "arms", "lora")
+    assert claim.claim == "dora beats lora at the parameters of r = 2, each at its own learning rate, on far"
+    assert claim.verdict == "supported" and claim.estimate == pytest.approx(-10, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ("lora",)}, "only lora"),
+        ({"arms": ("a", "full")}, "names of rules: full"),
+        ({"arms": ()}, "budgets must be ranks"),
+    ],
+)
+def test_bad_arms_are_refused(options: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(ARMS, **options)

@@ -80,3 +80,34 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
 def test_a_scale_that_follows_the_rank_is_refused(composed: Callable[..., DictConfig]) -> None:
     with pytest.raises(ValueError, match="scaling=constant"):
         evidence.run(composed(*TINY, "adapter.module.scaling=lora"))
+
+
+def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictConfig]) -> None:
+    arms = (
+        "+adapter@evidence.arms.lora.adapter=lora",
+        "+adapter@evidence.arms.moslora.adapter=moslora",
+        "+align@evidence.arms.aligned.align=mmd",
+        "+evidence.arms.aligned.embedder.aligned=true",
+        "evidence.arms.aligned.align.epochs=1",
+        "evidence.arms.aligned.align.held_out.samples=8",
+        "evidence.arms.aligned.align.held_out.resamples=0",
+        "evidence.tasks.digits.data.train_limit=48",
+        "evidence.baseline=lora",
+        "evidence.arms_rank=2",
+        "~evidence.rules.shuffled",
+        "~evidence.rules.trained",
+        "evidence.permuted=[]",
+        "evidence.rates=[3e-3,1e-2]",
+    )
+    config = composed(*TINY, *arms, "evidence.budgets=[]", "evidence.gate=[]")
+    evidence.run(config)
+    folder = Path(config.paths.runs) / config.run / "evidence"
+    found = rows(folder)
+    assert len(found) == 2 + 3 * 2 + 3 * 2
+    parameters = {row["rule"]: int(row["parameters"]) for row in found if row["part"] == "arms"}
+    assert parameters["moslora"] > parameters["lora"] == parameters["aligned"]  # the mixers
+    claims = json.loads((folder / "claims.json").read_text())["claims"]
+    assert [claim["claim"].split(" at ")[0] for claim in claims] == ["moslora beats lora", "aligned beats lora"]
+    assert (folder / "digits-aligned-s1" / "align" / "embedder.safetensors").exists()
+    with pytest.raises(ValueError, match=r"evidence\.baseline=pissa: must be the arm.*lora, moslora, aligned"):
+        evidence.run(composed(*TINY, *arms, "evidence.baseline=pissa"))

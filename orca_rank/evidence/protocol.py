@@ -19,7 +19,8 @@ class Point:
     """One fine-tune.
 
     Args:
-        part: "rates", "gate", "rules" or "own_rates" (a rule at rates of its own). task, rule: names in the options.
+        part: "rates", "gate", "rules", "own_rates" (a rule at rates of its own) or "arms" (another adapter or
+            alignment, at a rate of its own). task, rule: names in the options, rule that of an arm too.
         rank: the budget, as the uniform rank of the same cost; 0 for a frozen body and for full fine-tuning.
         seed: of predictor, data order and adapter. permutation: of a shuffled plan, else 0.
         lr: of the adapter or, in full fine-tuning, of the body; predictor_lr: of embedder and predictor.
@@ -95,6 +96,8 @@ class Protocol:
         rate_seeds: how many seeds, other than those of the comparisons, choose a rate.
         steps: how often an edge may be extended.
         own_rates: the budget at which every rule also chooses its own rate, or None.
+        arms: names of other changes of the config, the first the one that all others are compared with, each at its own
+            rate at the parameters of uniform rank arms_rank.
 
     Raises:
         ValueError: an option out of range, with its name and value.
@@ -113,6 +116,8 @@ class Protocol:
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     steps: int = 3
     own_rates: int | None = None
+    arms: tuple[str, ...] = ()
+    arms_rank: int = 4
 
     def __post_init__(self) -> None:
         at_least = {"seeds": 2, "gate_seeds": 2, "rate_seeds": 1, "permutations": 2, "steps": 0}
@@ -124,8 +129,12 @@ class Protocol:
             raise ValueError("evidence.tasks is empty: name at least one task")
         for name in ("budgets", "gate"):
             ranks = getattr(self, name)
-            if not ranks or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+            if not (ranks or self.arms) or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
                 raise ValueError(f"evidence.{name} must be ranks of at least 1, received {list(ranks)}")
+        if len(self.arms) == 1:
+            raise ValueError(f"evidence.arms compares its first with the others: there is only {self.arms[0]}")
+        if both := sorted({*self.arms} & {*self.rules, UNIFORM, FROZEN, FULL}):
+            raise ValueError(f"evidence.arms has names of rules: {', '.join(both)}")
         if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)) or not self.rates[0] > 0:
             raise ValueError(f"evidence.rates must be at least 2 rising rates above 0, received {list(self.rates)}")
         if unknown := sorted(set(self.many or {}) - set(self.rules)):
@@ -160,13 +169,28 @@ def pending(protocol: Protocol, rows: Sequence[Row]) -> list[Point]:
 
 def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point]) -> Iterator[list[Point]]:
     head = best_rate(protocol, rows, task, FROZEN, 0, None)
-    rates: dict[tuple[str, int], float] = {}
-    missing: list[Point] = []
-    for rule, rank in [*((UNIFORM, rank) for rank in sorted({*protocol.gate, *protocol.budgets})), (FULL, 0)]:
+    waiting: list[Point] = []
+    for group in (_curve_and_rules, _arms):
         try:
-            rates[rule, rank] = best_rate(protocol, rows, task, rule, rank, head)
-        except Waiting as waiting:
-            missing += waiting.points
+            yield from group(protocol, task, rows, done, head)
+        except Waiting as first:
+            waiting += first.points
+    if waiting:
+        raise Waiting(waiting)
+
+
+def _curve_and_rules(
+    protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point], head: float
+) -> Iterator[list[Point]]:
+    if not protocol.gate:
+        return
+    rates, missing = _rates(
+        protocol,
+        rows,
+        task,
+        [*((UNIFORM, rank) for rank in sorted({*protocol.gate, *protocol.budgets})), (FULL, 0)],
+        head,
+    )
     curve = [(FROZEN, 0, head), *((UNIFORM, rank, rates.get((UNIFORM, rank))) for rank in protocol.gate)]
     curve.append((FULL, 0, rates.get((FULL, 0))))
     gate = [
@@ -188,21 +212,42 @@ def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point
             if seed < protocol.seeds_of(rule)
             for permutation in range(protocol.permutations if rule in protocol.permuted else 1)
         ]
-    if protocol.own_rates is not None:
-        later: list[Point] = []
-        for rule in protocol.rules:
-            try:
-                own = best_rate(protocol, rows, task, rule, protocol.own_rates, head)
-            except Waiting as waiting:
-                later += waiting.points
-                continue
-            if own != rates[UNIFORM, protocol.own_rates]:
-                yield [
-                    Point("own_rates", task, rule, protocol.own_rates, seed, 0, own, head)
-                    for seed in range(protocol.seeds)
-                ]
-        if later:
-            raise Waiting(later)
+    if (own_rates := protocol.own_rates) is not None:
+        own, missing = _rates(protocol, rows, task, [(rule, own_rates) for rule in protocol.rules], head)
+        yield [
+            Point("own_rates", task, rule, own_rates, seed, 0, lr, head)
+            for (rule, _), lr in own.items()
+            if lr != rates[UNIFORM, own_rates]
+            for seed in range(protocol.seeds)
+        ]
+        if missing:
+            raise Waiting(missing)
+
+
+def _arms(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point], head: float) -> Iterator[list[Point]]:
+    rank = protocol.arms_rank
+    rates, missing = _rates(protocol, rows, task, [(arm, rank) for arm in protocol.arms], head)
+    if missing:
+        raise Waiting(missing)
+    yield [
+        Point("arms", task, arm, rank, seed, 0, lr, head)
+        for seed in range(protocol.seeds)
+        for (arm, _), lr in rates.items()
+    ]
+
+
+def _rates(
+    protocol: Protocol, rows: Sequence[Row], task: str, wanted: Sequence[tuple[str, int]], head: float
+) -> tuple[dict[tuple[str, int], float], list[Point]]:
+    """The rates that are known, of (rule, rank), and the points that the others wait for."""
+    rates: dict[tuple[str, int], float] = {}
+    missing: list[Point] = []
+    for rule, rank in wanted:
+        try:
+            rates[rule, rank] = best_rate(protocol, rows, task, rule, rank, head)
+        except Waiting as waiting:
+            missing += waiting.points
+    return rates, missing
 
 
 def best_rate(
@@ -269,6 +314,8 @@ def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str) -> Gate:
     Raises:
         ValueError: if the curve is not there.
     """
+    if not protocol.gate:
+        raise ValueError(f"there is no rank curve of {task}: evidence.gate is empty")
     ends = []
     for rank in (min(protocol.gate), max(protocol.gate)):
         errors = [row.test for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank)]
@@ -282,16 +329,17 @@ def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str) -> Gate:
 
 def most(protocol: Protocol) -> int:
     """How many fine-tunes the protocol needs at most where every gate opens and no grid grows."""
-    curve = 2 + len(protocol.gate)
-    tuned = 2 + len({*protocol.gate, *protocol.budgets})
+    curve = 2 + len(protocol.gate) if protocol.gate else 0
+    tuned = 2 + len({*protocol.gate, *protocol.budgets}) if protocol.gate else 1
     rules = dict.fromkeys((UNIFORM, *protocol.rules))
     compared = sum(
         protocol.seeds_of(rule) * (protocol.permutations if rule in protocol.permuted else 1) for rule in rules
     )
     each = tuned * len(protocol.rates) * protocol.rate_seeds + curve * protocol.gate_seeds
-    each += compared * len(protocol.budgets)
+    each += compared * len(protocol.budgets) if protocol.gate else 0
     if protocol.own_rates is not None:
         each += len(protocol.rules) * (len(protocol.rates) * protocol.rate_seeds + protocol.seeds)
+    each += len(protocol.arms) * (len(protocol.rates) * protocol.rate_seeds + protocol.seeds)
     return each * len(protocol.tasks)
 
 

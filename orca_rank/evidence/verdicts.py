@@ -60,9 +60,11 @@ def rule_differences(
 ) -> Estimate | None:
     """The difference of two rules on a task at a budget, paired by seed; None where no seed has both.
 
-    Where either has several permutations, both its seeds and its permutations are random (`compare.crossed`).
+    Where either has several permutations, both its seeds and its permutations are random (`compare.crossed`). Per cent
+    of uniform's error; for arms of the error of the one that they are compared with.
     """
-    first, second = (_errors(rows, task, rank, name, "rules" if name == against else part) for name in (rule, against))
+    shared = "arms" if part == "arms" else "rules"
+    first, second = (_errors(rows, task, rank, name, shared if name == against else part) for name in (rule, against))
     seeds = sorted({seed for seed, _ in first} & {seed for seed, _ in second})
     if not seeds:
         return None
@@ -71,7 +73,8 @@ def rule_differences(
     complete = [seed for seed in seeds if all((seed, p) in permuted for p in permutations) and (seed, 0) in plain]
     if not complete:
         return None
-    scale = 100 / np.mean([error for (seed, _), error in _errors(rows, task, rank, UNIFORM, "rules").items()])
+    unit = second if part == "arms" else _errors(rows, task, rank, UNIFORM, "rules")
+    scale = 100 / np.mean(list(unit.values()))
     sign = 1.0 if permuted is first else -1.0
     table = np.array([[sign * scale * (permuted[seed, p] - plain[seed, 0]) for p in permutations] for seed in complete])
     return crossed(table) if min(table.shape) > 1 else paired(table.ravel().tolist())
@@ -86,17 +89,22 @@ def over_tasks(
     return pooled(known) if known else None
 
 
-def rules_against_uniform(rows: Sequence[Row], tasks: Sequence[str], rank: int, part: str = "rules") -> list[Claim]:
-    """One claim a rule: it beats uniform at equal parameters. Holm over the rules, for both kinds of test."""
-    names = dict.fromkeys(row.rule for row in rows if row.part == part and row.rank == rank and row.rule != UNIFORM)
-    found = {rule: over_tasks(rows, tasks, rank, rule, part=part) for rule in names}
+def rules_against_uniform(
+    rows: Sequence[Row], tasks: Sequence[str], rank: int, part: str = "rules", against: str = UNIFORM
+) -> list[Claim]:
+    """One claim a rule: it beats uniform at equal parameters. Holm over the rules, for both kinds of test.
+
+    part="arms" says the same of every arm and the one that it is compared with, `against`.
+    """
+    names = dict.fromkeys(row.rule for row in rows if row.part == part and row.rank == rank and row.rule != against)
+    found = {rule: over_tasks(rows, tasks, rank, rule, against, part) for rule in names}
     known = {rule: estimate for rule, estimate in found.items() if estimate is not None}
     differ = holm({rule: estimate.p for rule, estimate in known.items()})
     outside = holm({rule: estimate.p_outside(MARGIN) for rule, estimate in known.items()})
-    own = ", each rule at its own learning rate" if part == "own_rates" else ""
+    own = {"own_rates": ", each rule at its own learning rate", "arms": ", each at its own learning rate"}.get(part, "")
     return [
         _claim(
-            f"{rule} beats uniform at the parameters of r = {rank}{own}, {_where(tasks)}",
+            f"{rule} beats {against} at the parameters of r = {rank}{own}, {_where(tasks)}",
             estimate,
             differ[rule],
             outside[rule],
@@ -121,6 +129,8 @@ def gap_against_shuffled(
 
 def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
     """The gate of every task that has one: rank changes the error by more than the seeds do."""
+    if not protocol.gate:
+        return []
     claims = []
     low, high = min(protocol.gate), max(protocol.gate)
     for task in protocol.tasks:
@@ -159,7 +169,7 @@ def rank_grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[s
     """
     best: dict[str, int] = {}
     runs = 0
-    for task in protocol.tasks:
+    for task in protocol.tasks if protocol.gate else ():
         means = {}
         for rank in protocol.gate:
             errors = list(_errors(rows, task, rank, UNIFORM, "gate").values())

@@ -28,7 +28,7 @@ from orca_rank.evidence.verdicts import (
     rules_against_uniform,
 )
 from orca_rank.measuring.records import Layer
-from orca_rank.stages import finetune, measure
+from orca_rank.stages import align, finetune, measure
 from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
 from orca_rank.stages.setup import stage_folder
 
@@ -90,7 +90,20 @@ def protocol_of(given: DictConfig) -> Protocol:
         rates=tuple(given.rates),
         steps=given.steps,
         own_rates=given.own_rates,
+        arms=_arms(given),
+        arms_rank=given.arms_rank,
     )
+
+
+def _arms(given: DictConfig) -> tuple[str, ...]:
+    """The names of the arms, the one that all others are compared with first."""
+    names = [str(name) for name in given.arms]
+    if names and given.baseline not in names:
+        raise ValueError(
+            f"evidence.baseline={given.baseline}: must be the arm that the others are compared with, one of "
+            f"{', '.join(names)}"
+        )
+    return tuple(sorted(names, key=lambda name: name != given.baseline))
 
 
 def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]:
@@ -101,9 +114,9 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
     """
     rows = []
     for task in protocol.tasks:
-        options = task_options(config, task)
         for path in sorted((folder / task / "rows").glob("*.json")):
             stored = read_json(path, "stage=evidence")
+            options = task_options(config, task, str(stored["row"]["rule"]))
             if changed := sorted(differences(stored["config"], options)):
                 raise ValueError(
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
@@ -117,8 +130,10 @@ def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protoc
     if point.part in ("rules", "own_rates") and point.rule != UNIFORM:
         _measured(config, folder, point.task, protocol)
     run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
+    if run.embedder.aligned:
+        align.run(run)
     finetune.run(run)
-    path = folder / point.task / "finetune" / point.name / "metrics.json"
+    path = stage_folder(run, "finetune") / point.name / "metrics.json"
     metrics = read_json(path, "stage=evidence")
     row = Row(
         **vars(point),
@@ -130,14 +145,14 @@ def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protoc
     write_json(
         folder / point.task / "rows" / f"{point.name}.json",
         {"row": row.to_dict()},
-        config=task_options(config, point.task),
+        config=task_options(config, point.task, point.rule),
     )
     return row
 
 
 def _is_donor(protocol: Protocol, point: Point) -> bool:
     """Whether rank=trained reads what this point learns: the first run of the curve's largest uniform rank."""
-    return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate), 0)
+    return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate, default=0), 0)
 
 
 def _measured(config: DictConfig, folder: Path, task: str, protocol: Protocol) -> None:
@@ -159,9 +174,9 @@ def _announce(protocol: Protocol) -> None:
     seeds = sorted({protocol.seeds_of(rule) for rule in (UNIFORM, *protocol.rules)})
     widths = ", ".join(f"±{half_width(SPREAD, count):.1f} % with {count} seeds" for count in seeds)
     console.print(
-        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, at most {most(protocol)} fine-tunes; on one task a "
-        f"difference to uniform will be known to {widths} if seeds spread by {SPREAD} % (equivalence is asked within "
-        f"±{MARGIN:g} %)"
+        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, {len(protocol.arms)} arms, at most {most(protocol)} "
+        f"fine-tunes; on one task a difference will be known to {widths} if seeds spread by {SPREAD} % "
+        f"(equivalence is asked within ±{MARGIN:g} %)"
     )
 
 
@@ -185,6 +200,11 @@ def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -
     if protocol.own_rates is not None:
         for tasks in groups:
             yield from rules_against_uniform(rows, tasks, protocol.own_rates, "own_rates")
+    if protocol.arms:
+        first, rank = protocol.arms[0], protocol.arms_rank
+        tried = [task for task in protocol.tasks if any(row.part == "arms" and row.task == task for row in rows)]
+        for tasks in ([tried] if len(tried) > 1 else []) + [[task] for task in tried]:
+            yield from rules_against_uniform(rows, tasks, rank, "arms", first)
     yield from rank_grows_with_gap(protocol, rows, gaps)
 
 

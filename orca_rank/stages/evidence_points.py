@@ -24,17 +24,23 @@ def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, 
     cache = str(config.paths.cache)
     own = copy.deepcopy(config)
     OmegaConf.set_struct(own, False)
-    for name, node in config.evidence.tasks[task].items():
-        own[name] = OmegaConf.merge(own[name], node) if name == "finetune" else copy.deepcopy(node)
+    _take(own, config.evidence.tasks[task])
     own.paths.runs, own.paths.cache, own.run = str(folder), cache, task
     own.embedder.aligned = False
     own.merge_with(OmegaConf.create(dict(options)))
     return own
 
 
-def task_options(config: DictConfig, task: str) -> dict[str, Any]:
-    """What the rows of a task depend on, as plain values."""
-    return select(for_task(config, Path("."), task, {}), *SECTIONS)
+def _take(own: DictConfig, nodes: Mapping[str, Any]) -> None:
+    """Groups are replaced; sections that are no groups keep what is not named."""
+    for name, node in nodes.items():
+        own[name] = OmegaConf.merge(own[name], node) if name in ("finetune", "embedder") else copy.deepcopy(node)
+
+
+def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
+    """What a row of a task and rule, or arm, depends on, as plain values."""
+    named = {**config.evidence.rules, **config.evidence.arms}
+    return {**select(for_task(config, Path("."), task, {}), *SECTIONS), "rule": plain(named.get(rule))}
 
 
 def cost_of_one_rank(config: DictConfig, task: str) -> int:
@@ -65,6 +71,8 @@ def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_u
             },
         },
     )
+    if point.rule in config.evidence.arms:
+        return _arm(config, own, point)
     if point.rule in (FROZEN, FULL):
         own.adapter = {"name": point.rule, "method": "probe" if point.rule == FROZEN else "full"}
         return own
@@ -80,4 +88,18 @@ def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_u
     own.rank = node
     least = int(config.evidence.r_min.get(point.rule, 0))
     own.budget = {"mean_rank": None, "total_rank": None, "parameters": cost * point.rank, "r_min": least, "r_max": None}
+    return own
+
+
+def _arm(config: DictConfig, own: DictConfig, point: Point) -> DictConfig:
+    """A task's config with an arm's groups taken over; uniform ranks unless it names others.
+
+    Adapters that have the option keep the run's scaling. An arm that aligns has run folders of its own, one a seed.
+    """
+    own.rank = {"_target_": "orca_rank.ranks.uniform", "_partial_": True, "r": point.rank}
+    _take(own, config.evidence.arms[point.rule])
+    if "scaling" in (own.adapter.get("module") or {}):
+        own.adapter.module.merge_with({name: config.adapter.module[name] for name in ("scaling", "alpha")})
+    if own.embedder.aligned:
+        own.run = f"{point.task}-{point.rule}-s{point.seed}"
     return own
