@@ -15,7 +15,7 @@ from orca_rank.artifacts.files import write_csv, write_json
 from orca_rank.evidence.protocol import Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
 from orca_rank.report.canvas import png
-from orca_rank.report.claims import forest_figure
+from orca_rank.report.claims import curve_figure, forest_figure, rank_curves
 from orca_rank.stages import report
 
 CLAIMS = [
@@ -58,10 +58,33 @@ def test_the_section_says_what_the_claims_say(config: DictConfig) -> None:
     place = found.index("rank grows")
     assert found[place : place + 5] == ["rank grows", "undecided", "Kendall's τ", "1", "12"]  # no figure, no interval
     assert (
-        f"Difference of the test error in per cent of uniform's, with 95 % intervals; left of 0 the claim holds. "
-        f"Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on."
+        f"Difference of the test error in per cent of what it is compared with, with 95 % intervals; left of 0 the "
+        f"claim holds. Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on."
     ) in found
     assert (run / "report/evidence.png").exists()
+
+
+def test_a_run_of_evidence_alone_is_reported(config: DictConfig) -> None:
+    run = Path(config.paths.runs) / "mine"
+    gate = [replace(ROW, part="gate", rule="frozen", rank=0, seed=seed, test=0.8) for seed in range(2)]
+    gate += [replace(ROW, part="gate", rank=rank, test=0.6 / rank) for rank in (4, 1)]
+    write_csv(run / "evidence/evidence.csv", [row.to_dict() for row in gate])
+    write_json(run / "evidence/claims.json", {"claims": [claim.to_dict() for claim in CLAIMS]})
+    report.run(config)
+    found = words(run)
+    assert "Evidence" in found and not any("not there yet" in text or "Options" in text for text in found)
+    assert (run / "report/rank_curve.png").exists()
+    assert rank_curves([replace(ROW), *gate]) == {"darcy": {"frozen": [0.8, 0.8], "1": [0.6], "4": [0.15]}}
+
+
+def test_the_curve_has_a_point_a_seed_and_lines_for_frozen_and_full() -> None:
+    figure = curve_figure({"near": {"frozen": [0.8, 0.6], "1": [0.5, 0.3], "4": [0.2], "full": [0.1]}})
+    (axis,) = figure.axes
+    lines = [(list(line.get_xdata()), [round(y, 6) for y in line.get_ydata()]) for line in axis.lines]
+    assert lines[2:] == [([0, 0], [0.5, 0.3]), ([1], [0.2]), ([0, 1], [0.4, 0.2])]
+    assert [ys[0] for _, ys in lines[:2]] == [0.7, 0.1]
+    assert [text.get_text() for text in axis.texts] == ["frozen body", "full fine-tuning"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1", "4"]
 
 
 def test_the_plot_draws_estimates_intervals_and_the_margin() -> None:

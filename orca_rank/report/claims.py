@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
-from orca_rank.evidence.protocol import Row
+from orca_rank.evidence.protocol import FROZEN, FULL, Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
 from orca_rank.report.canvas import BLUE, GREEN, GREY, INK, LETTER, PAGE, VERMILLION, grid, styled
 from orca_rank.report.page import Page, cell
@@ -49,6 +50,14 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
     page.section("evidence", "Evidence")
     for answer in answers:
         page.text(answer)
+    if curves := rank_curves(rows):
+        page.figure(
+            "rank_curve",
+            curve_figure(curves),
+            "Test error against the uniform rank, every rank at its own learning rate and every adapter at one scale: "
+            "a point a seed, a ring their mean. Lines: the frozen body and full fine-tuning, with the range of their "
+            "seeds.",
+        )
     page.table(
         [
             {
@@ -71,9 +80,46 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
         page.figure(
             "evidence",
             forest_figure(compared),
-            f"Difference of the test error in per cent of uniform's, with 95 % intervals; left of 0 the claim holds. "
-            f"Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on.",
+            f"Difference of the test error in per cent of what it is compared with, with 95 % intervals; left of 0 the "
+            f"claim holds. Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes "
+            f"on.",
         )
+
+
+Curve = dict[str, list[float]]
+
+
+def rank_curves(rows: Sequence[Row]) -> dict[str, Curve]:
+    """task -> "frozen", "full" or a rank as text, in this order, -> the test errors of its seeds."""
+    curves: dict[str, Curve] = {}
+    for row in sorted((row for row in rows if row.part == "gate"), key=lambda row: (row.task, row.rank, row.seed)):
+        name = row.rule if row.rule in (FROZEN, FULL) else str(row.rank)
+        curves.setdefault(row.task, {}).setdefault(name, []).append(row.test)
+    return curves
+
+
+@styled()
+def curve_figure(curves: Mapping[str, Curve]) -> Figure:
+    """One panel a task: see `rank_curves`; ranks at equal steps, seeds as points, means as rings."""
+    width = min(4.6, (PAGE - 0.8 - 0.9 * (len(curves) - 1)) / len(curves) - 0.2)
+    figure, (axes,) = grid([width] * len(curves), [2.6], left=0.8, across=0.9)
+    for axis, (task, curve) in zip(axes, curves.items(), strict=True):
+        ranks = [name for name in curve if name not in (FROZEN, FULL)]
+        for name, colour in ((FROZEN, GREY), (FULL, GREEN)):
+            if errors := curve.get(name):
+                axis.axhspan(min(errors), max(errors), color=colour, alpha=0.18, linewidth=0)
+                axis.axhline(fmean(errors), color=colour, linewidth=1.2)
+                axis.annotate(
+                    f"{name} body" if name == FROZEN else "full fine-tuning",
+                    (0, fmean(errors)), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
+                    color=colour,
+                )  # fmt: skip
+        for place, rank in enumerate(ranks):
+            axis.plot([place] * len(curve[rank]), curve[rank], "o", color=BLUE, markersize=4, alpha=0.7)
+        axis.plot(range(len(ranks)), [fmean(curve[rank]) for rank in ranks], "o-", color=BLUE, markersize=9, mfc="none")
+        axis.set(xlim=(-0.5, len(ranks) - 0.5), xlabel="uniform rank of every layer", ylabel="test error", title=task)
+        axis.set_xticks(range(len(ranks)), ranks)
+    return figure
 
 
 @styled()

@@ -41,7 +41,12 @@ class RunFolder:
 
     @property
     def empty(self) -> bool:
-        return not (self.align or self.measured or self.plan or self.tunes)
+        return not (self.align or self.measured or self.plan or self.tunes or self.has_evidence)
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether stage=evidence has ended here; its fine-tunes lie in its own folder."""
+        return (self.path / "evidence" / "claims.json").exists()
 
     def add(self, other: RunFolder) -> None:
         """Take the fine-tunes of another run folder, with what is missing and stale there."""
@@ -75,7 +80,9 @@ def read_run(path: Path, made_by: str) -> RunFolder:
     what = "the rank plan and the parameter counts"
     run.plan = _read(run, "plan/plan.json", "plan", what, Planned.from_dict)
     read_tunes(run)
-    if not run.tunes:
+    if run.has_evidence and not (run.align or run.measured or run.plan or run.tunes):
+        run.missing = []
+    elif not run.tunes:
         run.missing.append(("a finished fine-tune", run.command("finetune")))
     return run
 

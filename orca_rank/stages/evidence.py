@@ -174,9 +174,9 @@ def _announce(protocol: Protocol) -> None:
     seeds = sorted({protocol.seeds_of(rule) for rule in (UNIFORM, *protocol.rules)})
     widths = ", ".join(f"±{half_width(SPREAD, count):.1f} % with {count} seeds" for count in seeds)
     console.print(
-        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, {len(protocol.arms)} arms, at most {most(protocol)} "
-        f"fine-tunes; on one task a difference will be known to {widths} if seeds spread by {SPREAD} % "
-        f"(equivalence is asked within ±{MARGIN:g} %)"
+        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, {len(protocol.arms)} arms, at most "
+        f"{most(protocol)} fine-tunes; on one task a difference will be known to {widths} if seeds spread by "
+        f"{SPREAD} % (equivalence is asked within ±{MARGIN:g} %)"
     )
 
 

@@ -146,13 +146,15 @@ def _kept_gallery(path: Path, state: str) -> Gallery | None:
 def _evidence(page: Page, found: RunFolder) -> None:
     """The verdicts of stage=evidence, where it has left any."""
     folder = found.path / "evidence"
-    if (folder / "claims.json").exists():
+    if found.has_evidence:
         # Its statistics take a second to import.
         claims = importlib.import_module("orca_rank.report.claims")
         claims.evidence(page, *claims.read_evidence(folder, f"stage=evidence {found.made_by}"))
 
 
 def _options(page: Page, found: RunFolder) -> None:
+    if not (found.tunes or found.measured or found.align or found.plan):
+        return
     page.section("options", "Options")
     if found.tunes:
         page.folded(f"Every option of {found.tunes[0].tag}", json.dumps(found.tunes[0].config, indent=1))
