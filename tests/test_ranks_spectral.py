@@ -212,6 +212,14 @@ def test_trained_keeps_what_one_threshold_leaves(tmp_path):
         ranks.trained(layers, Budget(total_rank=3), update={"a": matrices["a"], "b": matrices["b"]})
 
 
+def test_recommended_is_uniform_under_a_budget_and_sixteen_without():
+    layers = [Layer("small", 8, 40), Layer("large", 64, 64)]
+    budget = Budget(mean_rank=3)
+    assert ranks.recommended(layers, budget).ranks == ranks.uniform(layers, budget).ranks == {"small": 3, "large": 3}
+    free = ranks.recommended(layers)
+    assert (free.ranks, free.rule) == ({"small": 8, "large": 16}, "recommended")
+
+
 def test_only_spends_the_budget_where_it_is_told():
     layers = [Layer("blocks.0.attn.qkv", 8, 8), Layer("blocks.0.mlp.fc1", 8, 24), Layer("blocks.1.mlp.fc1", 8, 24)]
     plan = ranks.only(layers, Budget(parameters=3 * 64), pattern=r"mlp\.")

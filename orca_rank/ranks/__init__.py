@@ -1,7 +1,7 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
 from orca_rank.measuring.records import Layer
-from orca_rank.ranks.controls import only
+from orca_rank.ranks.controls import only, recommended
 from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.posterior import posterior
@@ -43,6 +43,7 @@ __all__ = [
     "ot_map",
     "posterior",
     "proportional",
+    "recommended",
     "shuffled",
     "stable_rank",
     "theory",
@@ -55,6 +56,7 @@ RULES = {
     rule.__name__: rule
     for rule in (
         uniform,
+        recommended,
         proportional,
         shuffled,
         inverse,
