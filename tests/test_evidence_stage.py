@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
     # rates of the frozen body, two ranks and full; a curve of 4 × 2; uniform, two permutations and trained × 2 seeds
     assert len(found) == 4 * 2 + 4 * 2 + 4 * 2
     assert {"task", "rule", "budget", "seed", "val", "test"} <= set(found[0])
+    for name in ("finetune", "measure"):  # rows without their fine-tunes go on too
+        shutil.rmtree(folder / "digits" / name)
+    again = next((folder / "digits" / "rows").glob("rules-trained-*-s1-*"))
+    row = json.loads(again.read_text())["row"]
+    again.unlink()
+    evidence.run(config)
+    assert json.loads(again.read_text())["row"] | {"seconds": 0} == row | {"seconds": 0}
     kept = [path.stat().st_mtime_ns for path in sorted(folder.rglob("metrics.json"))]
     evidence.run(config)
     assert [path.stat().st_mtime_ns for path in sorted(folder.rglob("metrics.json"))] == kept

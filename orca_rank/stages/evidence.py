@@ -16,7 +16,7 @@ from rich.table import Table
 from orca_rank.artifacts.files import read_json, write_csv, write_json
 from orca_rank.artifacts.provenance import differences
 from orca_rank.evidence.compare import half_width
-from orca_rank.evidence.protocol import UNIFORM, Point, Protocol, Row, most, pending, rank_matters
+from orca_rank.evidence.protocol import FROZEN, UNIFORM, Point, Protocol, Row, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
     MARGIN,
     Claim,
@@ -127,8 +127,8 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
 
 
 def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> Row:
-    if point.part in ("rules", "own_rates") and point.rule != UNIFORM:
-        _measured(config, folder, point.task, protocol)
+    if point.rule in protocol.rules:
+        _measured(config, folder, point.task, cost, protocol)
     run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
     if run.embedder.aligned:
         align.run(run)
@@ -155,13 +155,23 @@ def _is_donor(protocol: Protocol, point: Point) -> bool:
     return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate, default=0), 0)
 
 
-def _measured(config: DictConfig, folder: Path, task: str, protocol: Protocol) -> None:
-    """The gaps and spectra that the rules read, once a task, with the predictor of the frozen body's first run: through
-    a random predictor gradients see noise."""
-    if (folder / task / "measure" / "layers.json").exists():
-        return
-    fitted = next(path for path in sorted((folder / task / "finetune").glob("gate-frozen-*-s0-*")) if path.is_dir())
-    measure.run(for_task(config, folder, task, {"measure": {"fitted": str(fitted)}}))
+def _measured(config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol) -> None:
+    """What the rules read, once a task: the update that the largest uniform rank learned, and gaps and spectra with the
+    predictor of the frozen body's first run (through a random predictor gradients see noise).
+
+    Rows may have come without their fine-tunes, as those of the repository do: the two are then run again.
+    """
+    rows = [row for row in read_rows(config, folder, protocol) if (row.part, row.task, row.seed) == ("gate", task, 0)]
+    frozen, donor = (
+        next(row.point for row in rows if (row.rule, row.rank) == wanted)
+        for wanted in ((FROZEN, 0), (UNIFORM, max(protocol.gate)))
+    )
+    for point, result in ((frozen, "metrics.json"), (donor, "update.safetensors")):
+        if not (folder / task / "finetune" / point.name / result).exists():
+            finetune.run(configured(config, folder, point, cost, keep_update=point == donor))
+    if not (folder / task / "measure" / "layers.json").exists():
+        fitted = folder / task / "finetune" / frozen.name
+        measure.run(for_task(config, folder, task, {"measure": {"fitted": str(fitted)}}))
 
 
 def _collect(folder: Path, rows: Sequence[Row]) -> None:
