@@ -26,12 +26,13 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 
-from orca_rank.backbone import create_timm, load_weights
+from orca_rank.backbone import create_timm
 from orca_rank.data.cifar import read_official
-from orca_rank.data.module import stratified_order
+from orca_rank.data.splits import stratified_order
 from orca_rank.training.pretrain import pretrain
 from orca_rank.training.recipe import Recipe
 from orca_rank.weights import record, shipped
+from orca_rank.weights.file import load_weights
 
 PENALTY = 1e-3
 Pair = tuple[Tensor, Tensor]

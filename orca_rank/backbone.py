@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orca_rank.measuring.passes import watch
@@ -26,6 +25,7 @@ from orca_rank.predictors import Stages
 from orca_rank.predictors.orca import orca
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
+from orca_rank.weights.file import load_weights
 
 _there = "wandb" in sys.modules
 if not _there:  # timm imports it for its own training scripts alone, which takes a second
@@ -195,45 +195,6 @@ def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
             f"{str(error).splitlines()[0] if str(error) else 'no detail'}): set backbone.pretrained=<path of a weights "
             f"file>, or backbone.pretrained=false for random weights"
         ) from error
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of weights into a timm model; every parameter of the model must be there.
-
-    A classification head in the file is left out. Only tensors are read (weights_only).
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a state dict, or missing or misshapen tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights file at {path}: set backbone.pretrained to an existing file, true or false"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a safetensors file or a torch state dict of plain tensors: {error}") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and wrapper in state:
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a state dict (names to tensors)")
-    wanted = model.state_dict()
-    state = {name: value.to(torch.float32) for name, value in state.items() if name in wanted}
-    missing = [name for name, _ in model.named_parameters() if name not in state]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}")
-    wrong = [
-        f"{n}: {tuple(v.shape)}, expected {tuple(wanted[n].shape)}"
-        for n, v in state.items()
-        if v.shape != wanted[n].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit this backbone: {'; '.join(wrong[:3])}")
-    model.load_state_dict(state, strict=False)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from orca_rank.adapters import adapter_state_dict, inject
 from orca_rank.artifacts.command import command
+from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import read_json, read_record, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
-from orca_rank.build import build
+from orca_rank.build import build_read
 from orca_rank.predictors.orca import orca
 from orca_rank.ranks import RankPlan
 from orca_rank.task import Normaliser, Task
@@ -68,39 +70,41 @@ class Fitted(nn.Module):
             raise ValueError(f"the targets have class {int(y.max())}, the model knows 0 to {task.output_shape[0] - 1}")
 
 
-def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
+def load(run_folder: str | Path, tag: str | None = None, trust: Collection[str] = ()) -> Fitted:
     """The model that stage=finetune left in a run folder, ready to predict.
 
     Args:
         run_folder: runs/<run>, or one runs/<run>/finetune/<tag>. tag: which fine-tune, where there are several.
+        trust: `_target_`s outside this package that the fine-tune's predictor or adapter may be, such as
+            ["predictor.LastMean"]: loading imports and calls them.
 
     Raises:
-        FileNotFoundError: nothing fine-tuned there. ValueError: several, and no tag to choose by.
+        FileNotFoundError: nothing fine-tuned there. ValueError: several, and no tag to choose by; a
+            predictor or adapter that is not trusted. DamagedFile: a file that is not what the stage wrote.
     """
     folder = chosen_folder(Path(run_folder), tag)
-    metrics = read_json(folder / "metrics.json", "stage=finetune")
-    config = metrics["config"]
+    path = folder / "metrics.json"
+    metrics = read_json(path, "stage=finetune")
     tensors = read_tensors(folder / "model.safetensors", "stage=finetune")
-    normaliser = None
-    if "normaliser.mean" in tensors:
-        normaliser = Normaliser(tensors.pop("normaliser.mean"), tensors.pop("normaliser.std"))
-    inputs = None
-    if "inputs.mean" in tensors:
-        inputs = Normaliser(tensors.pop("inputs.mean"), tensors.pop("inputs.std"))
-    task = Task.from_dict(metrics["task"], normaliser)
+    with reading(path, f"run `{command('stage=finetune', 'force=true')}`"):
+        config, backbone, adapter = metrics["config"], metrics["backbone"], metrics["adapter_module"]
+        seed, init, injected = config["seed"], config["embedder"]["init"], config["adapter"]["method"] == "inject"
+        # Runs from before predictors could be chosen have ORCA's.
+        head = config["predictor"].get("module")
+        start, expected = backbone["config"], backbone["hash"]
+        task = Task.from_dict(metrics["task"], _statistics(tensors, "normaliser"))
+        inputs = _statistics(tensors, "inputs")
     with torch.random.fork_rng():
-        torch.manual_seed(config["seed"])  # where the backbone's weights were random, they are drawn again
-        # runs from before predictors could be chosen have ORCA's
-        predictor = build(config["predictor"]["module"]) if "module" in config["predictor"] else orca
-        model = create_model(metrics["backbone"]["config"], task, config["embedder"]["init"], predictor)
-    if weights_hash(model.body) != metrics["backbone"]["hash"]:
+        torch.manual_seed(seed)  # where the backbone's weights were random, they are drawn again
+        predictor = orca if head is None else build_read(head, "predictors", trust, str(path))
+        model = create_model(start, task, init, predictor)
+    if weights_hash(model.body) != expected:
         raise ValueError(
-            f"the backbone's weights are not those that {folder} was fine-tuned from: its config reads "
-            f"{metrics['backbone']['config']}"
+            f"the backbone's weights are not those that {folder} was fine-tuned from: its config reads {start}"
         )
-    if config["adapter"]["method"] == "inject":
+    if injected:
         plan = read_record(folder / "ranks.json", "stage=finetune", RankPlan.from_dict)
-        inject(model.body, plan, adapter=build(metrics["adapter_module"]))
+        inject(model.body, plan, adapter=build_read(adapter, "adapters", trust, str(path)))
     result = model.load_state_dict(tensors, strict=False)
     trained = {f"body.{name}" for name in adapter_state_dict(model.body)}
     missing = [name for name in result.missing_keys if name in trained or not name.startswith("body.")]
@@ -110,6 +114,13 @@ def load(run_folder: str | Path, tag: str | None = None) -> Fitted:
             f"{result.unexpected_keys[:3]}; run `{command('stage=finetune', 'force=true')}`"
         )
     return Fitted(model, task, metrics, inputs).eval().requires_grad_(False)
+
+
+def _statistics(tensors: dict[str, Tensor], name: str) -> Normaliser | None:
+    """The statistics of this name, taken out of the tensors of a fine-tune, if they are among them."""
+    if f"{name}.mean" not in tensors:
+        return None
+    return Normaliser(tensors.pop(f"{name}.mean"), tensors.pop(f"{name}.std"))
 
 
 def chosen_folder(folder: Path, tag: str | None) -> Path:

@@ -97,10 +97,6 @@ class Normaliser:
         """A magnitude to measure values in: the largest deviation, or mean where nothing varies, or 1."""
         return float(self.std.max()) or float(self.mean.abs().max()) or 1.0
 
-    def isotropic(self) -> Normaliser:
-        """The same with one deviation, `unit`, for all: distances keep their proportions."""
-        return Normaliser(self.mean, torch.full_like(self.std, self.unit))
-
     @cached_property
     def precision(self) -> torch.dtype:
         """float32 where it is enough to compute in, else float64."""

@@ -172,6 +172,27 @@ def test_dense_targets_get_cluster_labels() -> None:
     assert few.shape == (2,)
 
 
+@pytest.mark.parametrize("minibatch", [False, True])
+def test_clusters_of_fields_depend_on_no_unit_and_miss_no_value(
+    minibatch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orca_rank.measuring.classes.MINI_BATCH", 10 if minibatch else 1000)
+    generator = torch.Generator().manual_seed(1)
+    fields = torch.randn(60, 2, 4, 4, generator=generator, dtype=torch.float64)
+    fields[1::3, 0] += 4  # the first channel tells one class of three, the second another
+    fields[2::3, 1] += 4
+    labels = Labeller(fields, 3, 0)(fields)
+    assert all(len(labels[k::3].unique()) == 1 for k in range(3)) and len(labels.unique()) == 3
+    units = torch.tensor([1e-3, 1e5], dtype=torch.float64)[:, None, None]
+    for other in (1e-13 * fields, 1e9 * fields, fields + 1e6, -273.15 + 1e-3 * fields, units * fields, 1e200 * fields):
+        assert torch.equal(Labeller(other, 3, 0)(other), labels)
+    single = (1e-13 * fields).float()
+    assert torch.equal(Labeller(single, 3, 0)(single), labels)
+    fields[::7, :, 0, 0] = torch.nan
+    labels = Labeller(fields, 3, 0)(fields)
+    assert all(len(labels[k::3].unique()) == 1 for k in range(3)) and len(labels.unique()) == 3
+
+
 def test_source_features_are_cached(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     config = composed(*TINY)
     first = align.source_features(config, torch.device("cpu"))

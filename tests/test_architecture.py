@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
     ("errors", "normaliser"),
-    ("build", "artifacts", "options", "task", "weights"),
-    ("distances", "predictors", "evidence"),
+    ("build", "artifacts", "options", "task"),
+    ("distances", "predictors", "evidence", "weights"),
     ("measuring",),
     ("ranks",),
     ("adapters",),

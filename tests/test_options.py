@@ -10,8 +10,10 @@ import pytest
 from omegaconf import DictConfig
 from shared import TINY_SWIN
 
+from orca_rank.__main__ import check as check_top
+from orca_rank.build import build
 from orca_rank.options import flag, number, one_of, read, whole
-from orca_rank.stages import align, finetune, pretrain
+from orca_rank.stages import align, finetune, measure, plan, pretrain
 
 COMMON = [
     ("embedder.train=maybe", "embedder.train=maybe"),
@@ -42,6 +44,8 @@ FINETUNE = [
     ("adapter.module.alpha=0", "adapter.module.alpha=0: expected a number above 0"),
     ("+adapter.lr_ratio=0", "adapter.lr_ratio=0"),
     ("budget.mean_rank=-4", "mean_rank"),
+    ("adapter.method=injekt", "adapter.method=injekt: expected inject, full, norm or probe"),
+    ("budget.total_rank=8", "exactly one of mean_rank, total_rank, parameters"),
 ]
 ALIGN = [
     ("align.epochs=0", "align.epochs=0"),
@@ -55,6 +59,37 @@ ALIGN = [
     ("align.clusters=0", "align.clusters=0"),
     ("align.held_out.resamples=-1", "align.held_out.resamples=-1"),
     ("align.optimizer.lr=nan", "align.optimizer.lr=nan"),
+    ("embedder.init=zeros", "embedder.init=zeros: expected pretrained or random"),
+    ("align.objective.inner=best", "inner"),
+    ("+align.objective.blur=1", "blur"),
+    ("backbone.name=swim", "no model 'swim'"),
+    ("layers.target=nothing", "layers.target"),
+    ("layers.target='(attn'", "layers.target"),
+    ("layers.qkv=both", "layers.qkv"),
+]
+MEASURE = [
+    ("budget.mean_rank=1e9", r"budget.mean_rank=1e\+09: expected a number of at most \d+\.?\d*, the full rank of all"),
+    ("align.clusters=1.5", "align.clusters=1.5: expected a whole number"),
+    ("gap.samples=3", "gap.samples"),
+    ("embedder.aligned=perhaps", "embedder.aligned=perhaps: expected true or false"),
+    ("rank=gradient", "gap.measurements.gradient"),
+    ("+measure.compare.mine._target_=orca_rank.data.nothing.Nothing", "nothing"),
+]
+PLAN = [
+    ("budget.mean_rank=1e9", "budget.mean_rank"),
+    ("plan.rules=[unifrom]", "plan.rules names 'unifrom'"),
+    ("embedder.train=maybe", "embedder.train=maybe"),
+]
+# Of the last stages, which stage=all refuses before the first has begun.
+ALL = [
+    *FINETUNE,
+    *MEASURE,
+    *PLAN,
+    ("adapter.module.init=nonsense", "init"),
+    ("+adapter.module.colour=red", "colour"),
+    ("rank.r=-1", "-1"),
+    ("report.runs=[no_such_run]", "report.runs=no_such_run"),
+    ("layers.group=heads", "layers.group"),
 ]
 PRETRAIN = [
     ("++backbone.recipe={epochs: 0}", "recipe.epochs=0"),
@@ -69,6 +104,8 @@ PRETRAIN = [
         *((finetune, *case) for case in [*COMMON, *FINETUNE]),
         *((align, *case) for case in [*COMMON[:2], *ALIGN]),
         *((pretrain, *case) for case in [*COMMON[:1], *PRETRAIN]),
+        *((measure, *case) for case in MEASURE),
+        *((plan, *case) for case in PLAN),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -80,6 +117,32 @@ def test_a_bad_option_is_named_before_anything_is_written(
         stage.run(config)  # type: ignore[attr-defined]  # one of the stages
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("option", "message"), ALL, ids=lambda value: value)
+def test_all_stages_are_checked_before_the_first_begins(
+    composed: Callable[..., DictConfig], tmp_path: Path, option: str, message: str
+) -> None:
+    config = composed("stage=all", "data=digits", "source=digits", *TINY_SWIN, option)
+    with pytest.raises(ValueError, match=message) as caught:
+        build(config.stage)(config)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("threads=abc", "threads must be null or a whole number of at least 1, received 'abc'"),
+        ("threads=0", "threads must be"),
+        ("seed=-1", "seed must be"),
+        ("force=maybe", "force must be"),
+        ("run=../../x", "run must be"),
+    ],
+)
+def test_options_of_every_stage(composed: Callable[..., DictConfig], option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_top(composed(option))
 
 
 @dataclass(frozen=True)
@@ -116,7 +179,7 @@ def test_checks_take_what_fits_and_say_what_would() -> None:
     number("x", None, null=True)
     flag("f", False)
     one_of("w", "a", ("a", "b"))
-    for check, message in (
+    for refuse, message in (
         (lambda: whole("n", True), "n=true: expected a whole number of at least 1"),
         (lambda: whole("n", 4, 1, 3), "n=4: expected a whole number from 1 to 3"),
         (lambda: number("x", 1, above=1), "x=1: expected a number above 1"),
@@ -127,4 +190,4 @@ def test_checks_take_what_fits_and_say_what_would() -> None:
         (lambda: one_of("w", None, ("a", "b", "c")), "w=null: expected a, b or c"),
     ):
         with pytest.raises(ValueError, match=message):
-            check()
+            refuse()

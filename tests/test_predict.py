@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from shared import TINY_SWIN
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
+from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.data.darcy import Darcy
 from orca_rank.fitted import Fitted
 from orca_rank.stages import finetune, predict
@@ -125,7 +127,7 @@ def test_how_the_test_set_is_read_does_not_make_it_new() -> None:
     known = {"data": {"train": "a", "batch_size": 3, "seed": 0, "root": "x"}, "contents": {"data": "1"}}
     other = {"data": {"train": "a", "batch_size": 9, "seed": 4, "root": "y"}, "contents": {"data": "1"}}
     assert predict.changes(known, other) == []
-    assert predict.changes(known, {**other, "contents": {"data": "2"}}) == ["contents.data: 1 -> 2"]
+    assert predict.changes(known, {**other, "contents": {"data": "2"}}) == ["contents: 1 -> 2"]
     assert predict.changes(known, {**other, "data": {**other["data"], "split_seed": 1}}) != []
 
 
@@ -199,6 +201,38 @@ def test_a_fine_tune_without_statistics_predicts_no_new_data(run: Run) -> None:
     bare = Fitted(fitted.model, fitted.task, fitted.metrics)
     with pytest.raises(ValueError, match="kept no statistics"):
         data_for(run.config("data.train=new.npz").data, bare, "all")
+
+
+def test_no_code_that_a_run_folder_names_is_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tuned,) = (run.folder / "runs" / "default" / "finetune").iterdir()
+    folder = shutil.copytree(tuned, tmp_path / "tuned")
+    path = folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    hostile = {"_target_": "os.mkdir", "_args_": ["made"]}
+    for target in (
+        "os.mkdir",
+        "orca_rank.predictors.linear.nn.Linear",
+        "orca_rank.artifacts.unfinished._remove",
+        3,
+        "",
+    ):
+        for place, key in ((metrics["config"]["predictor"], "module"), (metrics, "adapter_module")):
+            before = place[key]
+            place[key] = {**hostile, "_target_": target}
+            path.write_text(json.dumps(metrics))
+            with pytest.raises(ValueError, match="could run any code"):
+                load(folder)
+            place[key] = {**before, "x": [hostile]}
+            path.write_text(json.dumps(metrics))
+            with pytest.raises(ValueError, match=r"names os\.mkdir, which is not part of"):
+                load(folder)
+            place[key] = before
+    assert not (tmp_path / "made").exists()
+    del metrics["config"]["embedder"]
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(DamagedFile, match=r"metrics\.json.*force=true"):
+        load(folder)
 
 
 def test_darcys_new_samples_come_in_the_order_of_their_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -20,8 +24,9 @@ from shared import TINY_SWIN
 
 from orca_rank.artifacts.files import atomic, write_tensors
 from orca_rank.artifacts.lock import locked
+from orca_rank.artifacts.provenance import plain
 from orca_rank.artifacts.unfinished import Unfinished
-from orca_rank.stages import align, finetune
+from orca_rank.stages import align, finetune, measure, predict
 
 Compose = Callable[..., DictConfig]
 TINY = (
@@ -233,6 +238,39 @@ def test_parts_made_with_force_are_kept_when_it_is_resumed(tmp_path: Path) -> No
         assert len(made) == count
 
 
+class Hostile:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("run",)
+
+
+class Kept(NamedTuple):
+    values: dict[str, torch.Tensor]
+    labels: np.ndarray
+
+
+def test_no_code_of_a_part_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    unfinished = Unfinished(tmp_path, "options", records=(Kept,))
+    kept = Kept({"a": torch.ones(2)}, np.arange(3))
+    unfinished.part("x", lambda: kept)
+    again = unfinished.part("x", lambda: pytest.fail("it was there"))
+    assert type(again) is Kept and torch.equal(again.values["a"], torch.ones(2)) and again.labels.tolist() == [0, 1, 2]
+    path = unfinished.folder / "x.pt"
+    for content in (Hostile(), {"a": Hostile()}, Kept({"a": Hostile()}, np.arange(3)), Path("x")):  # type: ignore[dict-item]
+        torch.save(content, path)
+        assert unfinished.part("x", lambda: 5) == 5
+        assert not (tmp_path / "run").exists()
+    for damage in (b"", b"PK", path.read_bytes()[:-7], pickle.dumps(Hostile())):
+        path.write_bytes(damage)
+        assert unfinished.part("x", lambda: 6) == 6
+    assert not (tmp_path / "run").exists()
+    torch.save(torch.arange(1000), path)
+    whole = path.read_bytes()
+    place = whole.index(torch.arange(1000).numpy().tobytes()) + 4000
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    assert unfinished.part("x", lambda: 7) == 7  # one bit of a tensor
+
+
 def test_a_folder_has_one_owner_who_is_named(composed: Compose) -> None:
     config = composed(*TINY)
     path = folder(config)
@@ -257,6 +295,20 @@ def test_a_folder_has_one_owner_who_is_named(composed: Compose) -> None:
     with locked(path / "new" / "one"):
         pass
     assert not list(path.iterdir())  # nothing was written, so nothing is left
+
+
+@pytest.mark.parametrize("stage", [align, finetune, measure, predict], ids=lambda stage: stage.__name__)
+def test_a_stage_does_not_write_beside_another_process(
+    composed: Compose, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*TINY)
+    place = folder(config) if stage is finetune else folder(config).parents[1] / stage.__name__.rpartition(".")[2]
+    monkeypatch.setattr(predict, "chosen_folder", lambda *_: place)
+    fitted = SimpleNamespace(metrics={"config": {"data": plain(config.data)}})
+    monkeypatch.setattr(predict, "load", lambda _: fitted)
+    with locked(place), pytest.raises(BlockingIOError, match=f"{place} is being written by process {os.getpid()}"):
+        stage.run(config)
+    assert not place.exists()
 
 
 def test_what_a_killed_process_left_half_written_is_cleaned(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import timm
 import torch
 
 from orca_rank import weights
-from orca_rank.backbone import load_weights
 from orca_rank.weights import record, shipped
+from orca_rank.weights.file import load_weights
 
 
 def test_the_shipped_file_gives_the_recorded_output():

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from orca_rank.artifacts.command import command
+from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.artifacts.files import file_hash, read_json
 
 # Where files lie, and how hard the machine is worked, change nothing in a result.
@@ -54,6 +55,8 @@ def finished(path: Path, config: Mapping[str, Any], *, force: bool, made_by: str
     if force or not path.exists():
         return False
     stored = read_json(path, made_by)
+    if not (isinstance(stored.get("config"), Mapping) and isinstance(stored.get("inputs"), Mapping)):
+        raise DamagedFile(f"{path} does not say what it was made from: run `{command(made_by, 'force=true')}`")
     if differing := sorted(differences(stored["config"], plain(config))):
         raise ValueError(
             f"{path} was made with other options ({'; '.join(differing[:6])}): "

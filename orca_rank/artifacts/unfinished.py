@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 
 from orca_rank.artifacts.command import command
+from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.plain import check_sums, load_plain
 from orca_rank.artifacts.provenance import differences, key, plain
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")
@@ -79,10 +80,12 @@ class Unfinished:
     Args:
         folder: of the stage. made_from: what the parts depend on; parts of anything else are thrown away.
         force: throw away the parts that were not made with force too.
+        records: the classes whose instances parts hold, beside tensors, arrays and plain values; a part that holds
+            anything else counts as damaged and is never unpickled.
     """
 
-    def __init__(self, folder: Path, made_from: Any, *, force: bool = False) -> None:
-        self.root = folder / "unfinished"
+    def __init__(self, folder: Path, made_from: Any, *, force: bool = False, records: Sequence[type] = ()) -> None:
+        self.root, self.records = folder / "unfinished", records
         self.folder = self.root / (key(made_from) + ("-forced" if force else ""))
         if self.root.exists():
             for other in self.root.iterdir():
@@ -93,8 +96,9 @@ class Unfinished:
         """The part as it was left, or compute(*inputs), kept."""
         path = self.folder / f"{name}.pt"
         if path.exists():
-            with contextlib.suppress(RuntimeError, EOFError, pickle.UnpicklingError):  # a damaged part is made again
-                return torch.load(path, weights_only=False)  # parts hold the project's own classes
+            with contextlib.suppress(DamagedFile), reading(path, "it is made again"):
+                check_sums(path)
+                return load_plain(path, self.records)
         value = compute(*inputs)
         with atomic(path) as temporary:
             torch.save(value, temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _codecs
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
+from orca_rank.artifacts.plain import load_plain
 
 FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file, or a pair [x.npy, y.npy]"
 MEND = "write it again, or set data.train (source.train, data.test) to another file"
@@ -158,16 +158,6 @@ def read_pt(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             check_size(path, repr(name), value.shape, size)  # a view may be larger than what it looks at
             arrays[name] = value if isinstance(value, np.ndarray) else _as_numpy(value)
     return arrays
-
-
-def load_plain(path: Path) -> Any:
-    """torch.load of tensors, NumPy arrays and plain values; anything that would run code is an error."""
-    array = np.zeros(1)
-    scalar = array[0].__reduce__()[0]
-    numpy = [array.__reduce__()[0], scalar, np.ndarray, np.dtype, _codecs.encode]
-    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?SU"}
-    with torch.serialization.safe_globals([*numpy, *kinds]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], dict[str, np.ndarray]]] = {

@@ -268,7 +268,7 @@ def pseudo_labels(x: Tensor, clusters: int, seed: int, side: int = 16) -> Tensor
     if not 2 <= clusters <= len(x):
         raise ValueError(f"clusters must lie between 2 and the number of samples {len(x)}, received {clusters}")
     size = min(side, x.shape[-2]), min(side, x.shape[-1])
-    scaled = Normaliser.fit(x, "channel").isotropic()
+    scaled = Normaliser.fit(x, "channel")  # no unit of a channel weighs more than another's
     parts = [F.adaptive_avg_pool2d(scaled.encode(part), size).flatten(1) for part in x.split(chunk_of(x))]
     from sklearn.cluster import KMeans  # here, because it takes a second
 

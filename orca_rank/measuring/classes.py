@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from orca_rank.normaliser import Normaliser
+
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
@@ -17,6 +19,8 @@ MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
 
 class Labeller:
     """Class labels as they are; for dense targets the k-means cluster of the flattened field (ORCA, section 3.2).
+
+    Fields are standardised per channel first, missing values (NaN) taken for the mean: the clusters depend on no unit.
 
     Args:
         y: targets, (n,) integers or (n, c, H, W). clusters: k. seed: of k-means.
@@ -33,6 +37,7 @@ class Labeller:
             from sklearn.cluster import KMeans, MiniBatchKMeans  # here, because it takes a second
 
             method = MiniBatchKMeans if len(y) > MINI_BATCH else KMeans
+            self.normaliser = Normaliser.fit(y, "channel")
             self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(self._flat(y))
 
     def __call__(self, y: Tensor) -> Int[Tensor, " n"]:
@@ -40,6 +45,5 @@ class Labeller:
             return y.long()
         return torch.from_numpy(self.means.predict(self._flat(y)).astype(np.int64))
 
-    @staticmethod
-    def _flat(y: Tensor) -> Float[np.ndarray, "n k"]:
-        return y.flatten(1).double().numpy()
+    def _flat(self, y: Tensor) -> Float[np.ndarray, "n k"]:
+        return self.normaliser.encode(y).flatten(1).double().numpy()

@@ -22,6 +22,7 @@ from orca_rank.measuring.passes import limited
 from orca_rank.options import read
 from orca_rank.stages.setup import (
     aligned_embedder,
+    bare_layers,
     check,
     contents,
     ready,
@@ -50,8 +51,19 @@ def check_options(config: DictConfig) -> AlignOptions:
     check(config)
     values = plain(config.align)
     check_optimizer(values.pop("optimizer"), "align.optimizer")
-    values.pop("objective")
+    if (objective := values.pop("objective")) is not None:
+        _try_out(objective)
+    bare_layers(config)
     return read(AlignOptions, values, "align")
+
+
+def _try_out(objective: Mapping[str, Any]) -> None:
+    """Refuse options of an objective that it cannot be built or called with; of one's own, those that it has not."""
+    if not objective["_target_"].startswith("orca_rank."):
+        build(objective, _partial_=True)
+        return
+    x, label = torch.arange(16.0).reshape(8, 2).sin(), torch.arange(8) % 2
+    build(objective, source=x, label=label)(x + 1, label)
 
 
 def run(config: DictConfig) -> None:
@@ -64,7 +76,7 @@ def run(config: DictConfig) -> None:
     options = check_options(config)
     folder = stage_folder(config, "align")
     made_from = {**select(config, "data", "source", "backbone", "seed", "align"), "init": config.embedder.init}
-    made_from["contents"] = contents(config, "data", "source")
+    made_from["contents"] = contents(config, "data", "source", "backbone")
 
     def done() -> bool:
         return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align")
@@ -78,7 +90,6 @@ def run(config: DictConfig) -> None:
 
 
 def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
-    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
     seed = int(config.seed)
     seed_everything(seed)
     data = ready(config.data)
@@ -102,6 +113,7 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
 
     started = time.perf_counter()
     before = held_out()
+    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
     epochs = 0
     if config.align.objective is not None:
         distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))

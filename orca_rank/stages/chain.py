@@ -12,10 +12,16 @@ from orca_rank.artifacts.command import command
 
 
 def run(config: DictConfig, stages: Sequence[str]) -> None:
-    """Run the named stages of one run folder, one after the other."""
+    """Run the named stages of one run folder, one after the other, once the options of all are checked.
+
+    Raises:
+        ValueError: for an option of any of them; whatever the stages raise.
+    """
     console = Console()
     # All at once, so that a module that cannot be imported says so before the work.
     verbs = [importlib.import_module(f"orca_rank.stages.{stage}") for stage in stages]
+    for verb in verbs:  # all options of all stages, before the first writes anything
+        verb.check_options(config)
     for position, (stage, verb) in enumerate(zip(stages, verbs, strict=True), 1):
         console.rule(f"{position}/{len(stages)} {stage}", align="left")
         verb.run(config)

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import read_json, write_csv, write_json
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences
 from orca_rank.evidence.compare import half_width
 from orca_rank.evidence.protocol import FROZEN, UNIFORM, Point, Protocol, Row, most, pending, rank_matters
@@ -44,6 +46,7 @@ def run(config: DictConfig) -> None:
 
     Raises:
         ValueError: an option out of range, adapters whose scale depends on their rank, or rows of other options.
+            BlockingIOError: another process is at work in the folder.
     """
     protocol = protocol_of(config.evidence)
     if config.adapter.module.get("scaling") != "constant":
@@ -54,6 +57,11 @@ def run(config: DictConfig) -> None:
         )
     folder = stage_folder(config, "evidence")
     _announce(protocol)
+    with locked(folder):
+        _run(config, folder, protocol)
+
+
+def _run(config: DictConfig, folder: Path, protocol: Protocol) -> None:
     costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
     rows = read_rows(config, folder, protocol)
     started, begun = time.monotonic(), len(rows)
@@ -122,7 +130,8 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
                     f"remove {folder / task}"
                 )
-            rows.append(Row.from_dict({name: str(value) for name, value in stored["row"].items()}))
+            with reading(path, "remove it, and the same command makes it again"):
+                rows.append(Row.from_dict({name: str(value) for name, value in stored["row"].items()}))
     return rows
 
 

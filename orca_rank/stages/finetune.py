@@ -19,7 +19,7 @@ from orca_rank.artifacts.unfinished import begin, finish
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.data.module import InMemory
-from orca_rank.options import number, read
+from orca_rank.options import number, one_of, read
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import (
@@ -35,11 +35,13 @@ from orca_rank.stages.setup import (
 )
 from orca_rank.stages.trainable import (
     DIRECTIONS,
+    METHODS,
     adapter_module,
     audit,
     count_parameters,
     make_trainable,
     probe_adapters,
+    rebuilt,
 )
 from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
 from orca_rank.stages.updates import update_of
@@ -96,6 +98,7 @@ def check_options(config: DictConfig) -> FinetuneOptions:
         number("adapter.module.alpha", module["alpha"], above=0)
     if "dropout" in module:
         number("adapter.module.dropout", module["dropout"], least=0, below=1)
+    one_of("adapter.method", config.adapter.method, METHODS)
     if config.adapter.method == "inject":
         budget_of(config.budget)
     return read(FinetuneOptions, values, "finetune")
@@ -110,7 +113,7 @@ def run(config: DictConfig) -> None:
     """
     options = check_options(config)
     folder = stage_folder(config, "finetune") / tag(config)
-    made_from = {**finetune_config(config), "contents": contents(config, "data")}
+    made_from = {**finetune_config(config), "contents": contents(config, "data", "backbone", "rank")}
 
     def done() -> bool:
         return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune")
@@ -190,7 +193,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         "metric": task.metric_name,
         "task": task.to_dict(),
         "backbone": {"config": resolve_backbone(config), "hash": weights},
-        "adapter_module": _rebuilt(adapter) if adapter is not None else None,
+        "adapter_module": rebuilt(adapter) if adapter is not None else None,
     }
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -235,12 +238,6 @@ def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any
     if adapter is not None and "directions" in adapter:
         inputs.append(measured / DIRECTIONS)
     return inputs
-
-
-def _rebuilt(module: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's module config for loading: its first values do not matter, so no directions need to be at hand."""
-    module = {name: value for name, value in module.items() if name != "directions"}
-    return {**module, "init": "kaiming"} if module.get("init") == "directions" else module
 
 
 def finetune_config(config: DictConfig) -> Mapping[str, Any]:

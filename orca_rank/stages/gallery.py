@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orca_rank.build import check_targets
 from orca_rank.data import Data
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
@@ -18,15 +19,16 @@ from orca_rank.stages.setup import ready
 _SAMPLES = 4
 
 
-def test_data(node: Mapping[str, Any]) -> Data:
-    """The data of these options, ready to test."""
+def test_data(node: Mapping[str, Any], trust: Collection[str], where: str) -> Data:
+    """The data of these options, which the file `where` names, ready to test."""
+    check_targets(node, "data", trust, where)
     return ready(node, "test")
 
 
 @torch.inference_mode()
-def predictions(run_folder: Path, tag: str, data: Data) -> Gallery:
+def predictions(run_folder: Path, tag: str, data: Data, trust: Collection[str] = ()) -> Gallery:
     """The first test samples as a fine-tune predicts them."""
-    fitted = load(run_folder, tag)
+    fitted = load(run_folder, tag, trust)
     x, y = next(iter(data.test_dataloader()))
     x, y = x[:_SAMPLES], y[:_SAMPLES]
     raw = fitted.model(x)

@@ -16,36 +16,54 @@ from torch.utils.data import DataLoader
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write_tensors
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
 from orca_rank.data import Data, count
-from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.activations import Inputs, collect, module_of
 from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.gradients import Gradients, collect_gradients
 from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements, placeholder
 from orca_rank.measuring.options import VARIANTS, GapOptions
 from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import Gap, Layer
+from orca_rank.options import flag, one_of, whole
 from orca_rank.stages.layer_table import gap_table, nulls
 from orca_rank.stages.planning import make_plan, read_layers
 from orca_rank.stages.setup import (
     aligned_embedder,
-    bare_model,
+    bare_layers,
     build_model,
     contents,
-    outline,
     ready,
     resolve_backbone,
     seed_everything,
     source_side,
     stage_folder,
 )
-from orca_rank.stages.trainer import device_of
+from orca_rank.stages.trainer import check_trainer, device_of
 from orca_rank.task import Task
 
 console = Console()
+
+
+def check_options(config: DictConfig) -> GapOptions:
+    """The options of this stage, checked, and whether the rank rule can work with what is measured.
+
+    Raises:
+        ValueError: for a value that means nothing, or a rule that needs a measurement that is turned off.
+    """
+    check_trainer(config.trainer)
+    one_of("embedder.init", config.embedder.init, ("pretrained", "random"))
+    flag("embedder.aligned", config.embedder.aligned)
+    whole("align.clusters", config.align.clusters)
+    options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
+    for node in (config.data, config.source, *config.measure.compare.values()):
+        build(node)
+    make_plan(config, [placeholder(options, layer) for layer in bare_layers(config)[1]])
+    return options
 
 
 def run(config: DictConfig) -> None:
@@ -54,25 +72,33 @@ def run(config: DictConfig) -> None:
 
     Raises:
         ValueError: for a bad option, a rule that needs a measurement that is turned off, or bad features.
+            BlockingIOError: another process is at work in the folder.
     """
-    options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
+    options = check_options(config)
     config = _embedder_at_hand(config)
     folder = stage_folder(config, "measure")
     path = folder / "layers.json"
     made_from = select(config, "data", "source", "backbone", "layers", "embedder", "seed", "gap", "measure")
     made_from["clusters"] = config.align.clusters
     made_from["contents"] = contents(
-        config, "data", "source", *(f"measure.compare.{name}" for name in config.measure.compare)
+        config, "data", "source", "backbone", *(f"measure.compare.{name}" for name in config.measure.compare)
     )
     if any(config.gap.measurements[name] for name in ("gradient", "importance", "fisher")):
         made_from["predictor"] = plain(config.predictor.module)  # gradients pass through it
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
-    if finished(path, made_from, force=config.force, made_by="stage=measure"):
+
+    def done() -> bool:
+        return finished(path, made_from, force=config.force, made_by="stage=measure")
+
+    before = done()
+    if not before:
+        with locked(folder):
+            if not done():
+                _measure(config, options, folder, made_from)
+    layers = read_layers(path)
+    if before:
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
-        layers = read_layers(path)
         make_plan(config, layers)  # refuses a rule that needs what was not measured
-    else:
-        layers = _measure(config, options, folder, made_from)
     _print(layers)
     console.print(f"written to {path}; stage=plan shows the ranks that follow", soft_wrap=True)
 
@@ -129,11 +155,9 @@ class Pass:
         return model.eval().to(self.device), loader, min(self.samples, count(loader))
 
 
-def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> list[Layer]:
+def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     seed = int(config.seed)
     seed_everything(seed)
-    target_data = build(config.data)
-    _try_out(config, options, target_data)
     nodes = {"source": config.source, "target": config.data}
     nodes |= {f"compare/{name}": node for name, node in config.measure.compare.items()}
     sets = {name: _ready(node, options.batch_size) for name, node in nodes.items()}
@@ -145,7 +169,8 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     used = [aligned_embedder(config)] if config.embedder.aligned else []
     fitted = None if config.measure.fitted is None else Path(config.measure.fitted) / "model.safetensors"
     used += [fitted] if fitted is not None else []
-    unfinished = Unfinished(folder, {**made_from, "embedder": [file_hash(path) for path in used]}, force=config.force)
+    parts_of = {**made_from, "embedder": [file_hash(path) for path in used]}
+    unfinished = Unfinished(folder, parts_of, force=config.force, records=(Side, Inputs, Gap, Gradients))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -195,7 +220,6 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     }
     write_json(folder / "layers.json", payload, config=made_from, inputs=used)
     unfinished.drop()
-    return measured
 
 
 def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
@@ -217,13 +241,6 @@ def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
                 f"fine-tune of this backbone, predictor and data"
             ) from error
     return model
-
-
-def _try_out(config: DictConfig, options: GapOptions, data: Data) -> None:
-    """Refuse before any work a rule whose measurement is turned off."""
-    body = bare_model(config, outline(data)).body
-    layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
-    make_plan(config, [placeholder(options, layer) for layer in layers])
 
 
 def _embedder_at_hand(config: DictConfig) -> DictConfig:

@@ -10,16 +10,39 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank import ranks
+from orca_rank.adapters import inject
 from orca_rank.artifacts.files import write_json
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
+from orca_rank.measuring.layers import placeholder
+from orca_rank.measuring.options import GapOptions
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
-from orca_rank.stages.setup import bare_model, outline, stage_folder
-from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable
+from orca_rank.stages.setup import bare_layers, bare_model, check, outline, stage_folder
+from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
 
 console = Console()
+
+
+def check_options(config: DictConfig) -> None:
+    """Whether the rule and the adapter can be applied to this backbone, without data, weights or measurements.
+
+    Raises:
+        ValueError: for a value that means nothing, a rule or an adapter that cannot be applied.
+    """
+    check(config)
+    _check_rules(config)
+    body, bare = bare_layers(config)
+    if config.adapter.method != "inject":
+        return
+    options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
+    layers = [placeholder(options, layer) for layer in bare]
+    plan = make_plan(config, layers)
+    adapter = plain(config.adapter)
+    module = rebuilt(adapter["module"])  # directions are not there before they are measured
+    inject(body, plan, adapter=build(adapter_module({**adapter, "module": module}, layers, Path())))
 
 
 def run(config: DictConfig) -> None:
@@ -32,6 +55,8 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError: a rule that cannot be applied, or a name in plan.rules that is no rule.
     """
+    check(config)
+    _check_rules(config)
     model = bare_model(config, outline(build(config.data)))
     layers = layers_of(config, model.body)
     adapters = config.adapter.method == "inject"
@@ -65,9 +90,16 @@ def run(config: DictConfig) -> None:
     made = plan.to_dict() if plan is not None else {}
     said = {name: made.get(name) for name in ("rule", "budget", "options", "measurement")}
     payload = {**counts, **said, "layers": rows, "rules": others}
-    write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
+    with locked(path.parent, wait=True):
+        write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
     _print(layers, chosen, others, counts)
     console.print(f"written to {path}", soft_wrap=True)
+
+
+def _check_rules(config: DictConfig) -> None:
+    for name in config.plan.rules:
+        if name not in ranks.RULES:
+            raise ValueError(f"plan.rules names {name!r}; the rules are {', '.join(ranks.RULES)}")
 
 
 def _plan(config: DictConfig, layers: Sequence[Layer], measured: Path) -> RankPlan:
@@ -89,8 +121,6 @@ def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[
     budget, layers = budget_of(config.budget), ranks.averaged(layers, config.layers.group)
     plans = {}
     for name in config.plan.rules:
-        if name not in ranks.RULES:
-            raise ValueError(f"plan.rules names {name!r}; the rules are {', '.join(ranks.RULES)}")
         try:
             plans[name] = dict(ranks.RULES[name](layers, budget).ranks)
         except ValueError as error:

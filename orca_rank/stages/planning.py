@@ -51,11 +51,26 @@ def read_layers(path: Path) -> list[Layer]:
 def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
     budget, checked against them, and with the hash of the measurements where there are any that it may have read."""
-    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget_of(config.budget))
+    budget = budget_of(config.budget)
+    if budget is not None:
+        _within(budget, layers)
+    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget)
     plan.check(layers)
     path = stage_folder(config, "measure") / "layers.json"
     blind = plan.rule in ("uniform", "from_file") or not path.exists()
     return plan if blind else replace(plan, measurement=file_hash(path))
+
+
+def _within(budget: Budget, layers: Sequence[Layer]) -> None:
+    """Refuse a budget that full ranks in all layers would not spend."""
+    full = sum(layer.full_rank * cost for layer, cost in zip(layers, budget.unit_costs(layers), strict=True))
+    if budget.allowed(layers) > full:
+        name = next(name for name in ("mean_rank", "total_rank", "parameters") if getattr(budget, name) is not None)
+        most = full / len(layers) if name == "mean_rank" else full
+        raise ValueError(
+            f"budget.{name}={getattr(budget, name):g}: expected a number of at most {most:g}, the full rank of all "
+            f"{len(layers)} layers; adapter=full trains them whole"
+        )
 
 
 def budget_of(node: DictConfig) -> Budget | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from orca_rank.artifacts.files import atomic, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences, finished, key, plain
+from orca_rank.build import targets
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import contents, data_for, stage_folder
 from orca_rank.stages.trainer import check_trainer, device_of
@@ -41,7 +42,7 @@ def run(config: DictConfig) -> None:
     """
     check_trainer(config.trainer)
     tuned = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
-    fitted = load(tuned)
+    fitted = load(tuned, trust=targets(config))
     node = plain(config.data)
     made_from = {"data": node, "contents": contents(config, "data"), "finetune": tuned.name}
     new = changes(fitted.metrics["config"], made_from)
@@ -81,7 +82,7 @@ def changes(tuned: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     def of(values: Mapping[str, Any]) -> dict[str, Any]:
         options = {name: value for name, value in values["data"].items() if name not in HARMLESS}
-        return {"data": options, "contents": values.get("contents") or {}}
+        return {"data": options, "contents": (values.get("contents") or {}).get("data")}
 
     return sorted(differences(of(tuned), of(now)))
 

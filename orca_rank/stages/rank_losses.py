@@ -14,10 +14,12 @@ from torch import Tensor
 
 from orca_rank.adapters import DyLoRA, adapters, set_rank
 from orca_rank.artifacts.files import write_tensors
+from orca_rank.artifacts.lock import locked
+from orca_rank.build import targets
 from orca_rank.data import count
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import data_for, stage_folder
-from orca_rank.stages.trainer import device_of
+from orca_rank.stages.trainer import check_trainer, device_of
 from orca_rank.task import Task
 
 console = Console()
@@ -30,18 +32,21 @@ def run(config: DictConfig) -> None:
     validation images of config.data, layers × ranks times; nothing is trained.
 
     Raises:
-        ValueError: if the fine-tune has no DyLoRA layer, or the data are of another task.
+        ValueError: if the fine-tune has no DyLoRA layer, or the data are of another task. BlockingIOError: another
+            process is at work in the folder.
     """
+    check_trainer(config.trainer)
     folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
-    fitted = load(folder)
-    fitted.to(device_of(config.trainer))
-    data = data_for(config.data, fitted, "fit")
-    batches = data.val_dataloader()
-    with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
-        bar = progress.add_task("held-out losses of every rank", total=len(batches))
-        losses = rank_losses(fitted, batches, lambda: progress.advance(bar))
-    path = folder / "rank_losses.safetensors"
-    write_tensors(path, losses)
+    with locked(folder):
+        fitted = load(folder, trust=targets(config))
+        fitted.to(device_of(config.trainer))
+        data = data_for(config.data, fitted, "fit")
+        batches = data.val_dataloader()
+        with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
+            bar = progress.add_task("held-out losses of every rank", total=len(batches))
+            losses = rank_losses(fitted, batches, lambda: progress.advance(bar))
+        path = folder / "rank_losses.safetensors"
+        write_tensors(path, losses)
     top, images = int(losses["ranks"][-1]), count(batches)
     console.print(f"{len(losses) - 1} layers at ranks 0 to {top}, {images} images: {path}", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib
 import json
@@ -15,8 +16,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic, file_hash, read_json, write_csv, write_json
+from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain
+from orca_rank.build import targets
 from orca_rank.report import sections
 from orca_rank.report.canvas import words
 from orca_rank.report.figures import Gallery
@@ -39,8 +43,19 @@ def run(config: DictConfig) -> None:
         FileNotFoundError: no stage has left anything. ValueError: a damaged or incomplete file; both name the command.
             ValueError: a name in report.runs that is no run with fine-tunes.
     """
+    path = Path(config.paths.runs) / str(config.run)
+    with locked(path / "report", wait=True):
+        _report(config, path)
+
+
+def check_options(config: DictConfig) -> None:
+    """Raise a ValueError for a name in report.runs that is no run with fine-tunes."""
     runs = Path(config.paths.runs)
-    path = runs / str(config.run)
+    other_runs(runs / str(config.run), runs, plain(config.report.runs))
+
+
+def _report(config: DictConfig, path: Path) -> None:
+    runs = Path(config.paths.runs)
     others = [RunFolder(other, _chosen(runs, other)) for other in other_runs(path, runs, plain(config.report.runs))]
     found = read_run(path, _chosen(runs, path))
     for other in others:
@@ -119,12 +134,12 @@ def _from_data(config: DictConfig, path: Path, tune: Tune) -> tuple[Gallery | No
     try:
         # Lightning and timm take seconds to import.
         heavy = importlib.import_module("orca_rank.stages.gallery")
-        data = heavy.test_data(node)
+        data = heavy.test_data(node, targets(config), str(tune.folder / "metrics.json"))
         if baselines is None:
             baselines = heavy.baselines(data)
             write_json(known, {"relative_l2": baselines}, config=node)
         if gallery is None:
-            gallery = heavy.predictions(path, tune.tag, data)
+            gallery = heavy.predictions(path, tune.tag, data, targets(config))
             with atomic(kept) as temporary, open(temporary, "wb") as stream:
                 np.savez(stream, state=state, **gallery._asdict())
     except (ValueError, OSError, RuntimeError) as error:
@@ -136,11 +151,11 @@ def _kept_gallery(path: Path, state: str) -> Gallery | None:
     """What an earlier report kept, if it is of the same fine-tune."""
     if not path.exists():
         return None
-    with np.load(path) as kept:
-        if str(kept["state"]) != state:
-            return None
-        fields = (kept["inputs"], kept["targets"], kept["predictions"])
-        return Gallery(*fields, kept["metric"].tolist(), str(kept["input_label"]))
+    with contextlib.suppress(DamagedFile), reading(path, "it is made again"), np.load(path) as kept:
+        if str(kept["state"]) == state:
+            fields = (kept["inputs"], kept["targets"], kept["predictions"])
+            return Gallery(*fields, kept["metric"].tolist(), str(kept["input_label"]))
+    return None
 
 
 def _evidence(page: Page, found: RunFolder) -> None:

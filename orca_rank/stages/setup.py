@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +17,14 @@ from torch import nn
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.lock import locked
-from orca_rank.artifacts.provenance import key, plain, select
-from orca_rank.backbone import OrcaModel, create_model, source_model
+from orca_rank.artifacts.provenance import contents_hash, key, plain, select
+from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, create_timm, source_model
 from orca_rank.build import build
 from orca_rank.data import Data
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import Fitted
-from orca_rank.options import flag
+from orca_rank.options import flag, one_of
+from orca_rank.ranks import Layer
 from orca_rank.stages.trainer import check_trainer, trainer_options
 from orca_rank.task import Task
 from orca_rank.weights import shipped
@@ -75,10 +77,23 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
 
 
 def contents(config: DictConfig, *places: str) -> dict[str, str]:
-    """place in the config -> a hash of the files that its data are read from, for those that read any: with the
-    options, what a result depends on."""
-    found = {place: getattr(build(OmegaConf.select(config, place)), "contents", None) for place in places}
-    return {place: value for place, value in found.items() if value is not None}
+    """place in the config -> a hash of the files that its data are read from, or that its options name, for those that
+    read any: with the options, what a result depends on.
+
+    Args:
+        places: of data configs; "backbone" and "rank" for files that their options name.
+    """
+    found = {}
+    for place in places:
+        node = OmegaConf.select(config, place)
+        if place in ("backbone", "rank"):
+            named = [Path(value) for value in plain(node).values() if isinstance(value, str) and os.path.isfile(value)]
+            value = contents_hash(named) if named else None
+        else:
+            value = getattr(build(node), "contents", None)
+        if value is not None:
+            found[place] = value
+    return found
 
 
 def source_side(backbone: Mapping[str, Any], seed: int, data: Any) -> OrcaModel:
@@ -173,6 +188,18 @@ def bare_model(config: DictConfig, task: Task) -> OrcaModel:
         )
 
 
+def bare_layers(config: DictConfig) -> tuple[nn.Module, list[Layer]]:
+    """The body without weights, and its layers that layers.target and layers.qkv choose; needs no data.
+
+    Raises:
+        ValueError: for a backbone that there is not, or a choice that fits no layer.
+    """
+    with torch.device("meta"):
+        body = create_timm({**plain(config.backbone), "pretrained": False})
+    body.patch_embed = nn.Identity()
+    return body, adaptable_layers(body, config.layers.target, config.layers.qkv)
+
+
 def stage_folder(config: DictConfig, stage: str) -> Path:
     """runs/<run>/<stage>; not created until something is written."""
     return Path(config.paths.runs) / str(config.run) / stage
@@ -184,6 +211,7 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: for a value that means nothing.
     """
+    one_of("embedder.init", config.embedder.init, ("pretrained", "random"))
     flag("embedder.aligned", config.embedder.aligned)
     flag("embedder.train", config.embedder.train)
     flag("predictor.frozen_on_purpose", config.predictor.frozen_on_purpose)

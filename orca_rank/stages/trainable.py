@@ -19,6 +19,7 @@ from orca_rank.ranks.ibp import concentration
 from orca_rank.ranks.rules import gap_values
 
 DIRECTIONS = "directions.safetensors"
+METHODS = ("inject", "full", "norm", "probe")
 
 
 def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured: Path) -> dict[str, Any]:
@@ -42,6 +43,13 @@ def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured
     if module.get("init") == "directions":
         module["directions"] = load_directions(measured / DIRECTIONS, adapter["directions"])
     return module
+
+
+def rebuilt(module: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's module config where its first values do not matter, as for loading: no directions need
+    to be at hand."""
+    module = {name: value for name, value in module.items() if name != "directions"}
+    return {**module, "init": "kaiming"} if module.get("init") == "directions" else module
 
 
 def make_trainable(
@@ -77,7 +85,7 @@ def make_trainable(
             if isinstance(module, nn.LayerNorm):
                 module.requires_grad_(True)
     else:
-        one_of("adapter.method", method, ("inject", "full", "norm", "probe"))
+        one_of("adapter.method", method, METHODS)
     model.embedder.requires_grad_(embedder)
     model.predictor.requires_grad_(predictor)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch import Tensor
 
+from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.plain import check_sums
 from orca_rank.artifacts.unfinished import CHECKPOINTS
 
 console = Console(highlight=False)
@@ -110,7 +111,8 @@ def checkpoint_of(folder: Path) -> Path | None:
 
 
 def _whole(path: Path) -> bool:
-    with contextlib.suppress(RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+    with contextlib.suppress(DamagedFile), reading(path, "it is left out"):
+        check_sums(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
         return isinstance(found, dict) and {"state_dict", "loops", "callbacks", "optimizer_states"} <= found.keys()
     return False
