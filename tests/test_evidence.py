@@ -234,6 +234,14 @@ def test_differences_pair_by_seed_and_leave_out_what_has_no_pair() -> None:
     assert estimate is not None
     assert estimate.mean == pytest.approx(100 * 0.01 / 0.2) and estimate.runs == 2
     assert rule_differences(rows, "near", 2, "inverse") is None
+    perfect = [replace(row, test=0.0) if row.rule == "uniform" else row for row in rows]
+    assert rule_differences(perfect, "far", 2, "inverse") is None
+
+
+def test_a_task_without_errors_makes_no_claim() -> None:
+    rows = [replace(row, test=0.0) for row in run_all(PROTOCOL, world)]
+    assert ranks_matter(PROTOCOL, rows) == []
+    assert parameters_at_equal_error(PROTOCOL, rows, ("far", "near"), 2, "inverse") == []
 
 
 def test_rank_against_gap_over_tasks() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.data.image_files import read_image
 from orca_rank.data.image_folder import ImageFolder
 
@@ -104,3 +105,21 @@ def test_images_beyond_the_limit_of_pixels_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match=r"cannot read the image .*x\.png"):
         read_image(tmp_path / "x.png", 8)
+
+
+def test_an_image_that_would_grow_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (100_000, 1)).save(tmp_path / "line.png")
+    monkeypatch.setenv("ORCA_RANK_MAX_GIB", "0.5")
+    with pytest.raises(DamagedFile, match=r"line\.png declares an image that is much longer than wide"):
+        read_image(tmp_path / "line.png", 64)
+
+
+def test_an_image_of_the_same_size_is_other_data(tmp_path):
+    folder = tmp_path / "mine"
+    for name in ("ant", "bee"):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(folder / name / "x.bmp")
+    before = ImageFolder(root=tmp_path, train="mine", size=8).contents
+    assert ImageFolder(root=tmp_path, train="mine", size=8).contents == before
+    Image.new("RGB", (8, 8), "blue").save(folder / "ant" / "x.bmp")
+    assert ImageFolder(root=tmp_path, train="mine", size=8).contents != before

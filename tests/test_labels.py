@@ -221,3 +221,13 @@ def test_all_of_a_file_in_its_order_with_or_without_targets(tmp_path):
     np.savez(tmp_path / "other.npz", x=X, y=np.array(["z"] * N))
     with pytest.raises(ValueError, match="lack: 'z'"):
         Arrays(root=tmp_path, train="other.npz", **given).everything()
+
+
+def test_a_test_set_that_was_trained_on_is_refused_or_named(tmp_path):
+    for options in ({"test": "data.npz"}, {"test": "data.npz", "test_x": "x"}):
+        with pytest.raises(ValueError, match="is the training set itself"):
+            load(tmp_path, **options)
+    np.savez(tmp_path / "new.npz", x=np.concatenate([X[:3], X[:7] + 1]), y=CLASS[:10])
+    assert "3 of 10 test samples of new.npz are in the training file too" in load(tmp_path, test="new.npz").notes[-1]
+    np.savez(tmp_path / "new.npz", x=X + 1, y=CLASS)
+    assert load(tmp_path, test="new.npz").notes == ()

@@ -40,6 +40,7 @@ FINETUNE = [
     ("finetune.optimizer.betas=[0.9,2]", "finetune.optimizer: "),
     ("finetune.predictor_lr=-1", "finetune.predictor_lr=-1"),
     ("finetune.tag=../x", r"finetune.tag=\.\./x: expected the name of one folder"),
+    ("finetune.tag=''", "finetune.tag=: expected the name of one folder"),
     ("+finetune.epoch=3", "finetune has no option epoch: expected epochs, "),
     ("adapter.module.alpha=0", "adapter.module.alpha=0: expected a number above 0"),
     ("+adapter.lr_ratio=0", "adapter.lr_ratio=0"),

@@ -121,6 +121,14 @@ def test_means_over_seeds_have_students_interval(run: Path) -> None:
     assert first.test.interval() == (-float("inf"), float("inf"))
 
 
+def test_there_is_no_difference_in_per_cent_of_no_error(config: DictConfig, run: Path) -> None:
+    sweep(run, [0.0, 0.0], [0.0, 0.1])
+    (group,) = [group for group in groups(tunes(run)) if group.first.rule == "proportional"]
+    assert group.difference is None
+    report.run(config)
+    assert [row["to_uniform_percent"] for row in rows(run / "means.csv")] == ["", ""]
+
+
 def test_differences_to_uniform_are_paired_by_seed(config: DictConfig, run: Path) -> None:
     sweep(run, [0.2, 0.4, 0.9], [0.21, 0.43])
     (group,) = [group for group in groups(tunes(run)) if group.first.rule == "proportional"]

@@ -124,6 +124,11 @@ class Arrays(InMemory):
         check_whole("split_seed", split_seed, least=0)
         if test is not None and labels != "file":
             raise ValueError(f"labels={labels!r} makes labels for one file; leave test=null or use labels='file'")
+        if test == train and (test_x or x) == x:
+            raise ValueError(
+                f"data.test={test} is the training set itself, and its error would be no test error: name another file "
+                f"or, within this one, other arrays by data.test_x and data.test_y; null holds some out"
+            )
         self.root, self.train, self.test = Path(root), train, test
         self.x, self.y, self.test_x, self.test_y = x, y, test_x or x, test_y or y
         self.labels, self.clusters, self.normalise, self.fill = labels, clusters, normalise, _fill_values(fill)
@@ -155,6 +160,7 @@ class Arrays(InMemory):
             other = self._read(self.test, self.test_x, self.test_y, everything)
             test_order = stratified_order(other.labels, self.split_seed)
             test = other.take(limited(test_order, self.test_limit, "test_limit"))
+            notes += _seen(everything.x, test[0], self.test)
         train, val = covered(train, val, labels)
         parts = {"train": everything.take(train), "val": everything.take(val), "test": test}
         inputs = None if self.normalise == "none" else self.inputs(parts["train"][0], self.normalise)
@@ -284,6 +290,14 @@ def _fill_values(fill: float | str | Sequence[float] | None) -> tuple[float, ...
     if isinstance(fill, str) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise ValueError(f"fill must be a number, numbers, null or none, received {fill!r}")
     return tuple(float(value) for value in values)
+
+
+def _seen(train: Tensor, test: Tensor, name: object) -> list[str]:
+    """A sentence where inputs of a test file stand in the training file too."""
+    known = {hash(x.numpy().tobytes()) for x in train}
+    if not (count := sum(hash(x.numpy().tobytes()) in known for x in test)):
+        return []
+    return [f"{count} of {len(test)} test samples of {name} are in the training file too: their error is no test error"]
 
 
 def _unlike(test: Tensor, train: Tensor, what: str) -> ValueError:

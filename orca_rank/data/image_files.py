@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import make_dataset
 
-from orca_rank.artifacts.damaged import DamagedFile, reading
+from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".gif", ".jp2"})
 # What file managers leave; names that begin with a dot are passed over too.
@@ -70,12 +70,13 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """The middle square of an image at size × size, (size, size, 3) uint8.
 
     Raises:
-        DamagedFile: for one that cannot be read, or is larger than Pillow's limit.
+        DamagedFile: for one that cannot be read, or is larger than the limits, also once its shorter side is `size`.
     """
     with reading(path, "remove it, or replace it by an image", "the image "), Image.open(path) as opened:
         image = as_rgb(opened, path)
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
+        check_size(path, "an image that is much longer than wide,", (height, width, 3), 1)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         return np.asarray(image.crop((left, top, left + size, top + size)))

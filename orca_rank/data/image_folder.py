@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orca_rank.artifacts.provenance import key
+from orca_rank.artifacts.provenance import contents_hash, key
 from orca_rank.data.image_files import ImageFiles, hidden, read_image, scan
 from orca_rank.data.labels import Class
 from orca_rank.data.module import Encode, InMemory, Parts, check_fraction, check_whole
@@ -68,7 +68,7 @@ class ImageFolder(InMemory):
 
     @property
     def contents(self) -> str:
-        """Names and sizes stand for the images, of which there may be many."""
+        """What the images hold; of more than 1 GiB of them, names and sizes stand for that."""
         folders = [self.root / name for name in (self.train, self.test) if name is not None]
         files = [
             (folder, file)
@@ -76,7 +76,9 @@ class ImageFolder(InMemory):
             for file in sorted(folder.rglob("*"))
             if file.is_file() and not hidden(file.relative_to(folder))
         ]
-        return key([(str(file.relative_to(folder)), file.stat().st_size) for folder, file in files])
+        sizes = [file.stat().st_size for _, file in files]
+        names = key([(str(file.relative_to(folder)), size) for (folder, file), size in zip(files, sizes, strict=True)])
+        return names if sum(sizes) > 2**30 else key([names, contents_hash([file for _, file in files])])
 
     def load(self) -> Parts:
         found = scan(self.root / self.train)

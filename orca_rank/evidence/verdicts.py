@@ -58,7 +58,8 @@ def judge(estimate: Estimate, p: float, p_outside: float, margin: float = MARGIN
 def rule_differences(
     rows: Sequence[Row], task: str, rank: int, rule: str, against: str = UNIFORM, part: str = "rules"
 ) -> Estimate | None:
-    """The difference of two rules on a task at a budget, paired by seed; None where no seed has both.
+    """The difference of two rules on a task at a budget, paired by seed; None where no seed has both, or
+    uniform makes no error.
 
     Where either has several permutations, both its seeds and its permutations are random (`compare.crossed`). Per cent
     of uniform's error; for arms of the error of the one that they are compared with.
@@ -74,7 +75,10 @@ def rule_differences(
     if not complete:
         return None
     unit = second if part == "arms" else _errors(rows, task, rank, UNIFORM, "rules")
-    scale = 100 / np.mean(list(unit.values()))
+    error = np.mean(list(unit.values()))
+    if not error > 0:  # nothing to be relative to
+        return None
+    scale = 100 / error
     sign = 1.0 if permuted is first else -1.0
     table = np.array([[sign * scale * (permuted[seed, p] - plain[seed, 0]) for p in permutations] for seed in complete])
     return crossed(table) if min(table.shape) > 1 else paired(table.ravel().tolist())
@@ -136,10 +140,11 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
     for task in protocol.tasks:
         errors = {rank: _errors(rows, task, rank, UNIFORM, "gate") for rank in (low, high)}
         seeds = sorted(set(errors[low]) & set(errors[high]))
-        if len(seeds) < 2:
+        mean = float(np.mean(list(errors[low].values()) or [0.0]))
+        if len(seeds) < 2 or not mean > 0:
             continue
         gate = rank_matters(protocol, rows, task)
-        scale = 100 / float(np.mean(list(errors[low].values())))
+        scale = 100 / mean
         estimate = paired([scale * (errors[high][seed] - errors[low][seed]) for seed in seeds])
         below, above = estimate.interval()
         claims.append(
@@ -212,7 +217,8 @@ def parameters_at_equal_error(
             continue
         around = [r for r in ranks if r <= rank][-1:] + [r for r in ranks if r > rank][:1]
         means = [np.mean(list(_errors(rows, task, r, UNIFORM, "gate").values()) or [np.nan]) for r in around]
-        slope = np.log(means[1] / means[0]) / np.log(around[1] / around[0]) if len(around) == 2 else np.nan
+        known = len(around) == 2 and min(means) > 0
+        slope = np.log(means[1] / means[0]) / np.log(around[1] / around[0]) if known else np.nan
         if not slope < 0:
             left_out.append(task)
             continue

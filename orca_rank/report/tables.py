@@ -195,7 +195,10 @@ def _to_uniform(group: Group, groups: Sequence[Group]) -> Estimate | None:
     seeds = [seed for seed in tests[0] if seed in tests[1]]
     if not seeds or abs(other.parameters - group.parameters) > _NEAR * other.parameters:
         return None
-    scale = 100 * len(seeds) / sum(tests[1][seed] for seed in seeds)
+    total = sum(tests[1][seed] for seed in seeds)
+    if not total > 0:  # no error to be relative to
+        return None
+    scale = 100 * len(seeds) / total
     return paired([scale * (tests[0][seed] - tests[1][seed]) for seed in seeds])
 
 

@@ -71,7 +71,7 @@ def tag(config: DictConfig) -> str:
     """
     chosen = config.finetune.tag
     if chosen is not None:
-        if Path(str(chosen)).name != str(chosen) or str(chosen) == "..":
+        if not str(chosen) or Path(str(chosen)).name != str(chosen) or str(chosen) == "..":
             raise ValueError(f"finetune.tag={chosen}: expected the name of one folder, without / or ..")
         return str(chosen)
     parts = [config.adapter.name]
