@@ -11,6 +11,8 @@ exception; "hang": more than 10 s. Exit status 1 if anything is raw or hangs.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -27,20 +29,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import h5py
 import numpy as np
 import scipy.io
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR100
 
+from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.artifacts.files import read_record, read_tensors, write_json
+from orca_rank.artifacts.provenance import finished
+from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.data.array_files import read_arrays
 from orca_rank.data.cifar import read_official
 from orca_rank.data.darcy_data import generate, read_mat
 from orca_rank.data.embedded import Embedded
 from orca_rank.data.image_files import read_image
+from orca_rank.measuring.activations import Inputs
+from orca_rank.measuring.layers import Side
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.planning import read_layers
+from orca_rank.training.keep import checkpoint_of
 from orca_rank.weights import shipped
+from orca_rank.weights.file import load_weights
 
 OUTCOMES = ("equal", "other", "said", "raw", "hang")
 SECONDS = 10
@@ -140,7 +150,56 @@ def readers(folder: Path) -> dict[str, Reader]:
     weights.parent.mkdir()
     save_file({"a": torch.from_numpy(x), "b": torch.from_numpy(y)}, weights)
     found["safetensors"] = weights, lambda: list(read_tensors(weights, "stage=align").values())
+    record = folder / "run" / "align" / "metrics.json"
+    write_json(record, {"epochs": 3}, config={"seed": 0, "align": {"epochs": 3}}, inputs=[weights])
+    options = {"seed": 0, "align": {"epochs": 3}}
+    found["metrics.json"] = record, lambda: finished(record, options, force=False, made_by="stage=align")
+    for ending, save in (("safetensors", save_file), ("pth", torch.save)):
+        path = folder / f"swin.{ending}"
+        save(_swin().state_dict(), path)
+        found[f"weights .{ending}"] = path, lambda path=path: _weights(path)
+    unfinished = Unfinished(folder / "run" / "measure", {}, records=(Side, Inputs))
+    side = Side({"a": Inputs(torch.from_numpy(x).flatten(1), torch.ones(2, 3, 4))}, y)
+    unfinished.part("source", lambda: side)
+    part = unfinished.folder / "source.pt"
+    found["part of measure"] = part, lambda: _again(unfinished, part)
+    checkpoint = folder / "run" / "finetune" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    state = {"state_dict": {"a": torch.from_numpy(x)}, "loops": {}, "callbacks": {}, "optimizer_states": [{"step": 3}]}
+    torch.save(state, checkpoint)
+    found["checkpoint"] = checkpoint, lambda: _checkpoint(checkpoint)
     return found
+
+
+def _swin() -> torch.nn.Module:
+    torch.manual_seed(0)
+    options = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "img_size": 16, "patch_size": 4, "window_size": 2}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **options)
+
+
+def _weights(path: Path) -> list[torch.Tensor]:
+    model = _swin()
+    load_weights(model, path)
+    return [value.detach() for value in model.parameters()]
+
+
+def _again(unfinished: Unfinished, path: Path) -> Any:
+    """A part of a measurement; one that is made again counts as said."""
+
+    def make() -> Any:
+        raise DamagedFile(f"{path} is made again")
+
+    found = unfinished.part("source", make)
+    return [*found.inputs["a"], found.labels]
+
+
+def _checkpoint(path: Path) -> Any:
+    """What a fine-tune goes on from; none counts as said."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        whole = checkpoint_of(path.parent)
+    if whole is None:
+        raise DamagedFile(f"{path} is left out")
+    return torch.load(whole, weights_only=True)["state_dict"]["a"]
 
 
 def _cifar(folder: Path) -> Reader:

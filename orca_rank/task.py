@@ -108,13 +108,15 @@ class Task:
         return self.metric(prediction, target).mean()
 
     def metric(self, prediction: Tensor, target: Tensor) -> Float[Tensor, " b"]:
-        """Per sample: 1 where the top class is wrong, or ‖û − u‖₂ / ‖u‖₂ after decoding, as `relative_l2` defines it.
+        """Per sample: 1 where the top class is wrong and NaN where a score is; or ‖û − u‖₂ / ‖u‖₂ after decoding, as
+        `relative_l2` defines it.
 
         û − u is taken before an offset is added back and both norms in the normaliser's own unit, so that neither a
         large offset nor a small unit costs digits.
         """
         if self.kind == "classification":
-            return (prediction.argmax(1) != target).float()
+            wrong = (prediction.argmax(1) != target).float()
+            return torch.where(prediction.isnan().any(1), torch.nan, wrong)
         if self.normaliser is None:
             return relative_l2(prediction.float(), target, self.typical_norm)
         unit, normaliser = self.normaliser.unit, self.normaliser

@@ -123,3 +123,23 @@ def test_an_image_of_the_same_size_is_other_data(tmp_path):
     assert ImageFolder(root=tmp_path, train="mine", size=8).contents == before
     Image.new("RGB", (8, 8), "blue").save(folder / "ant" / "x.bmp")
     assert ImageFolder(root=tmp_path, train="mine", size=8).contents != before
+
+
+def test_a_test_folder_may_lack_classes_but_has_no_others(tmp_path):
+    photos(tmp_path / "train", ["ant", "bee", "cow"])
+    photos(tmp_path / "test", ["cow", "ant"], count=2)
+    data = ImageFolder(root=tmp_path, train="train", test="test", size=8)
+    assert sorted(data.parts.test[1].tolist()) == [0, 0, 2, 2]
+    photos(tmp_path / "test", ["dog"])
+    with pytest.raises(ValueError, match=r"has classes that train lacks: \['dog'\]"):
+        ImageFolder(root=tmp_path, train="train", test="test", size=8).setup()
+
+
+def test_a_name_does_not_choose_the_reader(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").rename(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png", 8)[0, 0, 0] > 250
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.eps")  # whose reader starts Ghostscript
+    (tmp_path / "x.eps").rename(tmp_path / "y.png")
+    with pytest.raises(DamagedFile, match=r"cannot read the image .*y\.png"):
+        read_image(tmp_path / "y.png", 8)

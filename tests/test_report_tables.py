@@ -126,7 +126,7 @@ def test_there_is_no_difference_in_per_cent_of_no_error(config: DictConfig, run:
     (group,) = [group for group in groups(tunes(run)) if group.first.rule == "proportional"]
     assert group.difference is None
     report.run(config)
-    assert [row["to_uniform_percent"] for row in rows(run / "means.csv")] == ["", ""]
+    assert all(not row.get("to_uniform_percent") for row in rows(run / "means.csv"))
 
 
 def test_differences_to_uniform_are_paired_by_seed(config: DictConfig, run: Path) -> None:

@@ -203,3 +203,12 @@ def test_pseudo_labels_do_not_depend_on_the_unit():
     assert len(labels.unique()) == 3
     for other in (1e-30 * x, 1e30 * x, x + 1e7):
         assert torch.equal(pseudo_labels(other, 3, seed=0), labels)
+
+
+def test_a_prediction_that_is_not_a_number_has_no_error_that_is_one():
+    scores = torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [0.0, torch.nan], [torch.inf, 0.0]])
+    error = Task("classification", (1, 2, 2), (2,)).metric(scores, torch.tensor([1, 0, 1, 1]))
+    assert error.isnan().tolist() == [False, True, True, False] and error[0] == 0 and error[3] == 1
+    field = torch.ones(2, 1, 2, 2)
+    field[1, 0, 0, 0] = torch.nan
+    assert Task("dense", (1, 2, 2), (1, 2, 2)).metric(field, torch.ones(2, 1, 2, 2)).isnan().tolist() == [False, True]

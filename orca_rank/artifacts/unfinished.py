@@ -62,6 +62,17 @@ def finish(folder: Path) -> None:
         _remove(folder / name)
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a stage left that was killed between its result and `finish`; parts of a redo with force stay."""
+    finish(folder)
+    parts = folder / "unfinished"
+    for part in parts.iterdir() if parts.exists() else ():
+        if not part.name.endswith("-forced"):
+            shutil.rmtree(part)
+    with contextlib.suppress(OSError):
+        parts.rmdir()
+
+
 def _read_mark(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         found = json.loads(path.read_text())

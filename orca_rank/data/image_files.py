@@ -13,6 +13,8 @@ from torchvision.datasets.folder import make_dataset
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 
 ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".gif", ".jp2"})
+# What is read, whatever a file is called: Pillow has readers that start other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", "JPEG2000")
 # What file managers leave; names that begin with a dot are passed over too.
 LITTER = frozenset({"thumbs.db", "desktop.ini", "icon\r", "__macosx"})
 
@@ -72,7 +74,10 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises:
         DamagedFile: for one that cannot be read, or is larger than the limits, also once its shorter side is `size`.
     """
-    with reading(path, "remove it, or replace it by an image", "the image "), Image.open(path) as opened:
+    with (
+        reading(path, "remove it, or replace it by an image", "the image "),
+        Image.open(path, formats=FORMATS) as opened,
+    ):
         image = as_rgb(opened, path)
         scale = size / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)

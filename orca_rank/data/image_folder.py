@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash, key
@@ -35,7 +36,7 @@ class ImageFolder(InMemory):
 
     Raises:
         FileNotFoundError: no such folder. DamagedFile: an unreadable image. ValueError: fewer than two classes, a class
-            of fewer than two or three images, a folder without images, or other classes in test than in train.
+            of fewer than two or three images, a folder without images, or classes in test that train lacks.
     """
 
     def __init__(
@@ -98,12 +99,11 @@ class ImageFolder(InMemory):
             tested, test_labels = found, labels
         else:
             tested = scan(self.root / self.test)
-            if tested.labels is None or tested.classes != found.classes:
-                different = sorted(set(found.classes) ^ set(tested.classes))[:3]
-                raise ValueError(
-                    f"{self.root / self.test} has other classes than {self.train}, for example {different}"
-                )
-            test_labels, notes = tested.labels, [*notes, *tested.notes]
+            if tested.labels is None:
+                raise ValueError(f"{self.root / self.test} must hold folders with images as {self.train} does")
+            wrong = f"{self.root / self.test} has classes that {self.train} lacks"
+            test_labels = _numbered(tested.classes, tested.labels, found.classes, wrong)
+            notes += tested.notes
             test_order = stratified_order(test_labels, self.split_seed)
         train, val = take_validation(order, self.val_fraction, self.train_limit)
         if self.test is None:
@@ -127,12 +127,8 @@ class ImageFolder(InMemory):
         found = scan(self.root / self.train)
         labels = found.labels
         if labels is not None and self.given_classes is not None:
-            place = {name: number for number, name in enumerate(self.given_classes)}
-            if unknown := [name for name in found.classes if name not in place]:
-                raise ValueError(
-                    f"{self.root / self.train} has classes that the model was not fine-tuned for: {unknown[:5]}"
-                )
-            labels = np.array([place[name] for name in found.classes], dtype=np.int64)[labels]
+            wrong = f"{self.root / self.train} has classes that the model was not fine-tuned for"
+            labels = _numbered(found.classes, labels, self.given_classes, wrong)
         return self._read(found.paths), None if labels is None else torch.from_numpy(labels)
 
     def encoder(self) -> Encode:
@@ -160,3 +156,17 @@ class ImageFolder(InMemory):
                 f"{self.root / self.train} has classes of fewer than {least} images: {', '.join(small[:8])}; a class "
                 f"needs {least}, to be trained on and measured: give more images or remove the folder"
             )
+
+
+def _numbered(
+    names: Sequence[str], labels: Int[np.ndarray, " n"], classes: Sequence[Class], wrong: str
+) -> Int[np.ndarray, " n"]:
+    """Labels by the place of their class in `classes`, of which some may be missing.
+
+    Raises:
+        ValueError: for a class that is none of these, beginning with `wrong`.
+    """
+    place = {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in names if name not in place]:
+        raise ValueError(f"{wrong}: {unknown[:5]}")
+    return np.array([place[name] for name in names], dtype=np.int64)[labels]

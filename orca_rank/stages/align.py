@@ -14,7 +14,7 @@ from rich.console import Console
 from orca_rank.artifacts.files import read_tensors, write_json, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, key, plain, select
-from orca_rank.artifacts.unfinished import begin, finish
+from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import create_model, weights_hash
 from orca_rank.build import build
 from orca_rank.measuring.classes import Labeller
@@ -86,6 +86,7 @@ def run(config: DictConfig) -> None:
             if not done():
                 _align(config, options, folder, made_from)
                 return
+    tidy(folder)
     console.print(f"align is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
 
 
@@ -96,6 +97,7 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
     torch.manual_seed(seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
     device = device_of(config.trainer)
+    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
     source = source_features(config, device)
     train = plain_loader(data, "train", 64)
     y = targets(train.dataset, train.collate_fn)
@@ -113,7 +115,6 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
 
     started = time.perf_counter()
     before = held_out()
-    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
     epochs = 0
     if config.align.objective is not None:
         distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))

@@ -15,7 +15,7 @@ from orca_rank import adapters
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, key, plain, select
-from orca_rank.artifacts.unfinished import begin, finish
+from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.data.module import InMemory
@@ -123,6 +123,7 @@ def run(config: DictConfig) -> None:
             if not done():
                 _finetune(config, options, folder, made_from)
                 return
+    tidy(folder)
     console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
 
 

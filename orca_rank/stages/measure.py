@@ -18,7 +18,7 @@ from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
-from orca_rank.artifacts.unfinished import Unfinished
+from orca_rank.artifacts.unfinished import Unfinished, tidy
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
 from orca_rank.build import build
 from orca_rank.data import Data, count
@@ -97,6 +97,7 @@ def run(config: DictConfig) -> None:
                 _measure(config, options, folder, made_from)
     layers = read_layers(path)
     if before:
+        tidy(folder)
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
         make_plan(config, layers)  # refuses a rule that needs what was not measured
     _print(layers)

@@ -119,6 +119,8 @@ def predictions(
             soft_wrap=True,
         )
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
+    if broken := int((~np.isfinite(arrays["prediction"])).reshape(len(arrays["prediction"]), -1).any(1).sum()):
+        console.print(f"warning: {broken} of {len(arrays['prediction'])} predictions are not finite", soft_wrap=True)
     if fitted.task.kind == "classification":
         best = arrays["prediction"].argmax(1)
         arrays["label"] = best if fitted.task.classes is None else np.array(fitted.task.classes)[best]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
-from orca_rank.artifacts.unfinished import begin
+from orca_rank.artifacts.unfinished import begin, tidy
 from orca_rank.backbone import source_model
 from orca_rank.build import build
 from orca_rank.data.embedded import write_embedded
@@ -39,14 +39,16 @@ def run(config: DictConfig) -> None:
         return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=pretrain")
 
     if done() and sample.exists():
+        tidy(folder)
         console.print(f"pretrain is done: {weights} (force=true redoes it)", soft_wrap=True)
         return
     with locked(folder):
         if not done():
             begin(folder, _fixed(made_from), {}, force=config.force, results=RESULTS)
             pretrain_source(made_from["backbone"], source, folder, made_from, trainer_options(config.trainer))
-    trained = {**plain(config.backbone), "pretrained": str(weights)}
-    write_embedded(sample, source_model(trained).embedder, source.parts)
+        tidy(folder)
+        trained = {**plain(config.backbone), "pretrained": str(weights)}
+        write_embedded(sample, source_model(trained).embedder, source.parts)
     console.print(f"use these weights with backbone.pretrained={weights}", soft_wrap=True)
     console.print(f"and source=embedded source.file={sample} where the images are not at hand", soft_wrap=True)
 

@@ -18,6 +18,7 @@ from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import contents_hash, key, plain, select
+from orca_rank.artifacts.unfinished import tidy
 from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, create_timm, source_model
 from orca_rank.build import build
 from orca_rank.data import Data
@@ -232,4 +233,5 @@ def on_source(config: DictConfig) -> Path:
                 from orca_rank.training.pretrain import pretrain_source  # here, because lightning takes seconds
 
                 pretrain_source(made_from["backbone"], build(config.source), folder, made_from, trainer)
+    tidy(folder)
     return weights
