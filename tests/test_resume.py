@@ -305,7 +305,7 @@ def test_a_stage_does_not_write_beside_another_process(
     place = folder(config) if stage is finetune else folder(config).parents[1] / stage.__name__.rpartition(".")[2]
     monkeypatch.setattr(predict, "chosen_folder", lambda *_: place)
     fitted = SimpleNamespace(metrics={"config": {"data": plain(config.data)}})
-    monkeypatch.setattr(predict, "load", lambda _: fitted)
+    monkeypatch.setattr(predict, "load", lambda *_, **__: fitted)
     with locked(place), pytest.raises(BlockingIOError, match=f"{place} is being written by process {os.getpid()}"):
         stage.run(config)
     assert not place.exists()
