@@ -29,13 +29,14 @@ from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements
 from orca_rank.measuring.options import VARIANTS, GapOptions
 from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import Gap, Layer
-from orca_rank.options import flag, one_of, whole
+from orca_rank.options import whole
 from orca_rank.stages.layer_table import gap_table, nulls
 from orca_rank.stages.planning import make_plan, read_layers
 from orca_rank.stages.setup import (
     aligned_embedder,
     bare_layers,
     build_model,
+    check_model,
     contents,
     ready,
     resolve_backbone,
@@ -43,7 +44,7 @@ from orca_rank.stages.setup import (
     source_side,
     stage_folder,
 )
-from orca_rank.stages.trainer import check_trainer, device_of
+from orca_rank.stages.trainer import device_of
 from orca_rank.task import Task
 
 console = Console()
@@ -55,9 +56,7 @@ def check_options(config: DictConfig) -> GapOptions:
     Raises:
         ValueError: for a value that means nothing, or a rule that needs a measurement that is turned off.
     """
-    check_trainer(config.trainer)
-    one_of("embedder.init", config.embedder.init, ("pretrained", "random"))
-    flag("embedder.aligned", config.embedder.aligned)
+    check_model(config)
     whole("align.clusters", config.align.clusters)
     options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
     for node in (config.data, config.source, *config.measure.compare.values()):

@@ -20,7 +20,7 @@ from orca_rank.measuring.options import GapOptions
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
-from orca_rank.stages.setup import bare_layers, bare_model, check, outline, stage_folder
+from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
 from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
 
 console = Console()
@@ -32,7 +32,7 @@ def check_options(config: DictConfig) -> None:
     Raises:
         ValueError: for a value that means nothing, a rule or an adapter that cannot be applied.
     """
-    check(config)
+    check_model(config)
     _check_rules(config)
     body, bare = bare_layers(config)
     if config.adapter.method != "inject":
@@ -55,7 +55,7 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError: a rule that cannot be applied, or a name in plan.rules that is no rule.
     """
-    check(config)
+    check_model(config)
     _check_rules(config)
     model = bare_model(config, outline(build(config.data)))
     layers = layers_of(config, model.body)

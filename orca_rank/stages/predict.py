@@ -18,7 +18,7 @@ from orca_rank.artifacts.provenance import differences, finished, key, plain
 from orca_rank.build import targets
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import contents, data_for, stage_folder
-from orca_rank.stages.trainer import check_trainer, device_of
+from orca_rank.stages.trainer import device_of
 
 console = Console()
 # Data options that change neither which samples are the test set nor how they are read.
@@ -40,7 +40,6 @@ def run(config: DictConfig) -> None:
         ValueError: other channels, fields or classes than the model was fine-tuned for, or a file of other options.
             BlockingIOError: another process is at work in the folder.
     """
-    check_trainer(config.trainer)
     tuned = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
     fitted = load(tuned, trust=targets(config))
     node = plain(config.data)

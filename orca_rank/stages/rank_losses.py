@@ -19,7 +19,7 @@ from orca_rank.build import targets
 from orca_rank.data import count
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import data_for, stage_folder
-from orca_rank.stages.trainer import check_trainer, device_of
+from orca_rank.stages.trainer import device_of
 from orca_rank.task import Task
 
 console = Console()
@@ -35,7 +35,6 @@ def run(config: DictConfig) -> None:
         ValueError: if the fine-tune has no DyLoRA layer, or the data are of another task. BlockingIOError: another
             process is at work in the folder.
     """
-    check_trainer(config.trainer)
     folder = chosen_folder(stage_folder(config, "finetune").parent, config.finetune.tag)
     with locked(folder):
         fitted = load(folder, trust=targets(config))

@@ -212,11 +212,16 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: for a value that means nothing.
     """
+    check_model(config)
+    check_trainer(config.trainer)
+
+
+def check_model(config: DictConfig) -> None:
+    """Those of the model, also for stages that train nothing; errors as in `check`."""
     one_of("embedder.init", config.embedder.init, ("pretrained", "random"))
     flag("embedder.aligned", config.embedder.aligned)
     flag("embedder.train", config.embedder.train)
     flag("predictor.frozen_on_purpose", config.predictor.frozen_on_purpose)
-    check_trainer(config.trainer)
 
 
 def on_source(config: DictConfig) -> Path:
