@@ -187,7 +187,7 @@ def test_gallery_and_baselines_of_darcy(
 ) -> None:
     options = {"cache": str(tmp_path), "train": 6, "test": 5, "grid": 15, "stride": 2, "workers": 1, "batch_size": 5}
     finetune(run, "one", 0.25, "relative_l2", {"_target_": "orca_rank.data.darcy.Darcy", **options})
-    monkeypatch.setattr(gallery, "load", lambda folder, tag: FirstChannel())
+    monkeypatch.setattr(gallery, "load", lambda *_: FirstChannel())
     config.data.cache = str(tmp_path)
     report.run(config)
     assert (run / "report/predictions.png").exists()
@@ -214,7 +214,7 @@ def test_predictions_and_baselines_are_made_once(
     options = {"cache": str(tmp_path), "train": 6, "test": 5, "grid": 15, "stride": 2, "workers": 1, "batch_size": 5}
     data = {"_target_": "orca_rank.data.darcy.Darcy", **options}
     finetune(run, "one", 0.25, "relative_l2", data)
-    monkeypatch.setattr(gallery, "load", lambda folder, tag: FirstChannel())
+    monkeypatch.setattr(gallery, "load", lambda *_: FirstChannel())
     config.data.cache = str(tmp_path)
     report.run(config)
     first = page(run)
