@@ -80,9 +80,11 @@ class _Drawn:
         self.shifts: Tensor = weights @ (along - centre)
         inside = np.zeros(counts.shape[1], dtype=bool)
         inside[members] = True
-        chosen = inside[score.order]
-        self.order: Int[np.ndarray, " places"] = score.order[chosen]
-        self.ranked = (score.ranked[chosen].reshape(len(score.order), -1) - centre.numpy()[:, None]).ravel()
+        order = score.order.ravel()
+        chosen = inside.take(order)
+        self.order: Int[np.ndarray, " places"] = order.compress(chosen)
+        ranked = score.ranked.ravel().compress(chosen).reshape(len(score.order), -1)
+        self.ranked = (ranked - centre.numpy()[:, None]).ravel()
         self.counts = counts
 
     def ordered(self, rows: slice) -> Float[np.ndarray, "rows values"]:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.options import number, one_of, whole
+from orca_rank.training.curve import RunningMean
 from orca_rank.training.features import token_mean
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -133,6 +134,7 @@ class Align(L.LightningModule):
         self.embedder, self.objective, self.target, self.tokens = embedder, objective, target, tokens
         self.make_optimizer, self.options, self.folder, self.seed = optimizer, options, folder, seed
         self.batches: list[list[int]] = []
+        self.mean = RunningMean()
 
     def train_dataloader(self) -> DataLoader:
         """Made anew each epoch, from the epoch's own seed, so that a resumed run sees the same batches."""
@@ -166,7 +168,9 @@ class Align(L.LightningModule):
             if bool(torch.isfinite(loss)):
                 if self.options.schedule == "orca":  # Lightning averages over the batches of an optimiser step
                     loss = loss * self.target.share(int(label[0])) * len(self.batches)
-                self.log("loss", loss, on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
+                self.mean.add(loss)
+                if self.trainer.is_last_batch:  # once an epoch: Lightning takes milliseconds for every value
+                    self.log("loss", self.mean.take(), on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
                 return loss
         path = self.folder / "bad_batch.safetensors"
         write_tensors(path, {"x": x, "label": label, "features": features})

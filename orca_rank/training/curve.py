@@ -8,9 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from orca_rank.artifacts.files import write_csv
+
+
+class RunningMean:
+    """The mean of an epoch's losses, weighted by the samples that each is of; on the losses' device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+        self.weight = 0
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        self.total, self.weight = self.total + weight * value.detach(), self.weight + weight
+
+    def take(self) -> Tensor:
+        """The mean, and begin anew."""
+        mean = torch.as_tensor(self.total) / self.weight
+        self.total, self.weight = 0.0, 0
+        return mean
 
 
 class Curve(Callback):

@@ -15,6 +15,7 @@ from orca_rank import adapters
 from orca_rank.backbone import OrcaModel
 from orca_rank.options import flag, number, one_of, whole
 from orca_rank.task import Task
+from orca_rank.training.curve import RunningMean
 from orca_rank.training.schedule import SCHEDULES, Schedule
 
 
@@ -81,6 +82,7 @@ class FineTune(L.LightningModule):
         self.strict_loading = False  # checkpoints leave out what is frozen
         self.draws = torch.Generator().manual_seed(seed)
         self.steps = adapters.Steps(model.body)
+        self.mean = RunningMean()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -100,7 +102,9 @@ class FineTune(L.LightningModule):
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, batch {batch_index}: lower "
                 f"finetune.optimizer.lr or set finetune.clip=1.0"
             )
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(x), prog_bar=True)
+        self.mean.add(loss, len(x))
+        if self.trainer.is_last_batch:  # once an epoch: Lightning takes milliseconds for every value it is given
+            self.log("train/loss", self.mean.take(), on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
         return loss + self.steps.extra_loss()
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
