@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain
 from orca_rank.artifacts.unfinished import Unfinished
 from orca_rank.stages import align, finetune, measure, predict
+from orca_rank.training.packed import SMALL, pack, unpack
 
 Compose = Callable[..., DictConfig]
 TINY = (
@@ -124,6 +126,28 @@ def test_a_finished_stage_leaves_nothing_to_go_on_with(composed: Compose) -> Non
     finetune.run(config)
     left = {path.name for path in folder(config).iterdir()}
     assert left == {"metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "log"}
+
+
+def test_a_packed_checkpoint_unpacks_to_the_same_values_and_another_to_itself() -> None:
+    bare = torch.arange(6.0).view(2, 3)
+    nest = {
+        "state_dict": OrderedDict(a=bare, half=bare.half().T, scalar=torch.tensor(3), none=torch.zeros(0, 2)),
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.98)}]}],
+        "large": torch.ones(SMALL + 1),
+        "word": "packed",
+    }
+    packed = pack(nest)
+    assert set(packed) == {*nest, "packed"} and packed["large"] is nest["large"]
+    assert {dtype: len(values) for dtype, values in packed["packed"].items()} == {
+        "torch.float32": 7, "torch.float16": 6, "torch.int64": 1
+    }  # fmt: skip
+    found = unpack(packed)
+    assert list(found) == list(nest) and type(found["state_dict"]) is OrderedDict
+    for name, value in nest["state_dict"].items():
+        assert found["state_dict"][name].dtype == value.dtype and torch.equal(found["state_dict"][name], value)
+    state = found["optimizer_states"][0]
+    assert state["state"][0]["step"].shape == () and state["param_groups"] == [{"betas": (0.9, 0.98)}]
+    assert unpack({"epoch": 3}) == {"epoch": 3}
 
 
 def test_checkpoints_hold_tensors_and_plain_values_alone(composed: Compose, dies: Callable[..., None]) -> None:

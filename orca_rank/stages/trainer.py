@@ -69,7 +69,9 @@ def trainer_for(trainer: Any, logger: Any, folder: Path, callbacks: list[Callbac
     """Lightning's Trainer for a stage: one process, its logger in the stage's folder, no checkpoints of its own."""
     from lightning.pytorch.plugins.environments import LightningEnvironment
 
-    options |= {"plugins": LightningEnvironment()} if "plugins" not in trainer else {}
+    from orca_rank.training.packed import PackedIO
+
+    options |= {"plugins": [LightningEnvironment(), PackedIO()]} if "plugins" not in trainer else {}
     return build(
         trainer,
         default_root_dir=str(folder),
