@@ -26,7 +26,7 @@ from shared import TINY_SWIN
 from orca_rank.artifacts.files import atomic, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain
-from orca_rank.artifacts.unfinished import Unfinished
+from orca_rank.artifacts.unfinished import Unfinished, tidy
 from orca_rank.stages import align, finetune, measure, predict
 from orca_rank.training.packed import SMALL, pack, unpack
 
@@ -333,6 +333,29 @@ def test_a_stage_does_not_write_beside_another_process(
     with locked(place), pytest.raises(BlockingIOError, match=f"{place} is being written by process {os.getpid()}"):
         stage.run(config)
     assert not place.exists()
+
+
+def test_a_finished_stage_tidies_what_a_kill_left(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stage = tmp_path / "finetune" / "mine"
+    kept = Unfinished(stage, "options", force=True)
+    kept.part("x", lambda: torch.ones(1))
+    for name in ("last.ckpt", "previous.ckpt", "begun.json", ".lock", "metrics.json"):
+        (stage / name).touch()
+    with atomic(stage / "curve.csv") as temporary:
+        (stage / temporary.name.replace(str(os.getpid()), str(gone.pid))).touch()
+        names = {path.name for path in stage.iterdir()}
+        with locked(stage):  # of another process
+            tidy(stage)
+            assert {path.name for path in stage.iterdir()} == names
+        tidy(stage)
+        left = {path.name for path in stage.iterdir()}
+    assert left == {"metrics.json", "unfinished", temporary.name}
+    kept.root.joinpath("abc").mkdir()
+    kept.folder.rename(kept.root / "other")
+    tidy(stage)
+    assert {path.name for path in stage.iterdir()} == {"metrics.json", "curve.csv"}
 
 
 def test_what_a_killed_process_left_half_written_is_cleaned(tmp_path: Path) -> None:

@@ -33,11 +33,8 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it into place, once it is on the disk, when the block ends without an
     exception. What a killed process left half-written of the same file is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    host = platform.node()
-    for left in path.parent.glob(f"{glob.escape(f'.{path.name}.{host}')}-*.part"):
-        if not _alive(left.name.removesuffix(".part").rpartition("-")[2]):
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+    remove_parts(path.parent, path.name)
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.part")
     temporary.touch(mode=0o644)
     try:
         yield temporary
@@ -46,6 +43,14 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, name: str | None = None) -> None:
+    """Remove what processes of this machine that are gone left half-written in a folder, of one file or of all."""
+    own = "*" if name is None else glob.escape(name)
+    for left in folder.glob(f".{own}.{glob.escape(platform.node())}-*.part"):
+        if not _alive(left.name.removesuffix(".part").rpartition("-")[2]):
+            left.unlink(missing_ok=True)
 
 
 def _alive(pid: str) -> bool:

@@ -14,6 +14,8 @@ try:
 except ImportError:  # not a POSIX system: nothing is locked there
     fcntl = None  # type: ignore[assignment]  # where the module exists it is one
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
@@ -27,7 +29,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    path = folder / LOCK
     handle = _hold(path, wait)
     try:
         yield

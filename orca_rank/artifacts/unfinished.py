@@ -13,7 +13,8 @@ import torch
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.damaged import DamagedFile, reading
-from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.files import atomic, remove_parts
+from orca_rank.artifacts.lock import LOCK, locked
 from orca_rank.artifacts.plain import check_sums, load_plain
 from orca_rank.artifacts.provenance import differences, key, plain
 
@@ -63,14 +64,20 @@ def finish(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a stage left that was killed between its result and `finish`; parts of a redo with force stay."""
-    finish(folder)
+    """Remove what a stage left that was killed after its result was there; parts of a redo with force stay, and all of
+    it where another process is at work."""
     parts = folder / "unfinished"
-    for part in parts.iterdir() if parts.exists() else ():
-        if not part.name.endswith("-forced"):
-            shutil.rmtree(part)
-    with contextlib.suppress(OSError):
-        parts.rmdir()
+    leavings = (*CHECKPOINTS, MARK, parts.name, LOCK)
+    if not any((folder / name).exists() for name in leavings) and not any(folder.glob(".*.part")):
+        return
+    with contextlib.suppress(BlockingIOError), locked(folder):
+        finish(folder)
+        remove_parts(folder)
+        for part in parts.iterdir() if parts.exists() else ():
+            if not part.name.endswith("-forced"):
+                shutil.rmtree(part)
+        with contextlib.suppress(OSError):
+            parts.rmdir()
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
-from orca_rank.artifacts.unfinished import begin, tidy
+from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import source_model
 from orca_rank.build import build
 from orca_rank.data.embedded import write_embedded
@@ -46,7 +46,7 @@ def run(config: DictConfig) -> None:
         if not done():
             begin(folder, _fixed(made_from), {}, force=config.force, results=RESULTS)
             pretrain_source(made_from["backbone"], source, folder, made_from, trainer_options(config.trainer))
-        tidy(folder)
+        finish(folder)
         trained = {**plain(config.backbone), "pretrained": str(weights)}
         write_embedded(sample, source_model(trained).embedder, source.parts)
     console.print(f"use these weights with backbone.pretrained={weights}", soft_wrap=True)
