@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
-from orca_rank.evidence.protocol import Point, Protocol, Row, best_rate, most, pending, rank_matters
+from orca_rank.evidence.points import Point, Row
+from orca_rank.evidence.protocol import Protocol, best_rate, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
     gap_against_shuffled,
     judge,

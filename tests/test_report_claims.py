@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from run_folders import finetune, words
 
 from orca_rank.artifacts.files import write_csv, write_json
-from orca_rank.evidence.protocol import Row
+from orca_rank.evidence.points import Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
 from orca_rank.report.canvas import png
 from orca_rank.report.claims import curve_figure, forest_figure, rank_curves

@@ -12,7 +12,8 @@ import numpy as np
 from scipy import stats
 
 from orca_rank.evidence.compare import Estimate, crossed, holm, paired, pooled
-from orca_rank.evidence.protocol import FROZEN, FULL, UNIFORM, Protocol, Row, rank_matters
+from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row
+from orca_rank.evidence.protocol import Protocol, rank_matters
 
 MARGIN = 2.0  # per cent; differences within it are of no use to anybody
 LEVEL = 0.05

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
-from orca_rank.evidence.protocol import FROZEN, FULL, Row
+from orca_rank.evidence.points import FROZEN, FULL, Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
 from orca_rank.report.canvas import BLUE, GREEN, GREY, INK, LETTER, PAGE, VERMILLION, grid, styled
 from orca_rank.report.page import Page, cell

@@ -18,7 +18,8 @@ from orca_rank.artifacts.files import read_json, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences
 from orca_rank.evidence.compare import half_width
-from orca_rank.evidence.protocol import FROZEN, UNIFORM, Point, Protocol, Row, most, pending, rank_matters
+from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
+from orca_rank.evidence.protocol import Protocol, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
     MARGIN,
     Claim,

@@ -1,0 +1,69 @@
+"""One fine-tune of the evidence, and what came out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+FROZEN, FULL, UNIFORM = "frozen", "full", "uniform"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fine-tune.
+
+    Args:
+        part: "rates", "gate", "rules", "own_rates" (a rule at rates of its own) or "arms" (another adapter or
+            alignment, at a rate of its own). task, rule: names in the options, rule that of an arm too.
+        rank: the budget, as the uniform rank of the same cost; 0 for a frozen body and for full fine-tuning.
+        seed: of predictor, data order and adapter. permutation: of a shuffled plan, else 0.
+        lr: of the adapter or, in full fine-tuning, of the body; predictor_lr: of embedder and predictor.
+    """
+
+    part: str
+    task: str
+    rule: str
+    rank: int
+    seed: int
+    permutation: int
+    lr: float
+    predictor_lr: float
+
+    @property
+    def name(self) -> str:
+        """A folder name that no other point has."""
+        return (
+            f"{self.part}-{self.rule}-r{self.rank}-s{self.seed}-p{self.permutation}-"
+            f"lr{self.lr:.3g}-{self.predictor_lr:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class Row(Point):
+    """A point and what came out; val and test are the task's metric, lower is better."""
+
+    val: float
+    test: float
+    parameters: int
+    seconds: float
+
+    @property
+    def point(self) -> Point:
+        return Point(**{item.name: getattr(self, item.name) for item in fields(Point)})
+
+    def to_dict(self) -> dict[str, str | int | float]:
+        """A line of evidence.csv; `budget` is the rank under the name that its readers know."""
+        return {**asdict(self), "budget": f"r={self.rank}"}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, str]) -> Row:
+        """A line of evidence.csv as csv.DictReader gives it.
+
+        Raises:
+            ValueError: if a column is missing or no number.
+        """
+        kinds = {"str": str, "int": int, "float": float}
+        try:
+            return cls(**{item.name: kinds[str(item.type)](record[item.name]) for item in fields(cls)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a row of evidence.csv ({error}): {dict(record)}") from error
