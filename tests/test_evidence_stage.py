@@ -77,6 +77,7 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
     evidence.run(config)
     assert [path.stat().st_mtime_ns for path in sorted(folder.rglob("metrics.json"))] == kept
     claims = json.loads((folder / "claims.json").read_text())
+    assert (folder / "rank_curve.png").exists() and "trained beats uniform" in (folder / "README.md").read_text()
     assert any(claim["claim"].startswith("trained beats uniform") for claim in claims["claims"])
     assert "rank.r=" in claims["recommended"][0]
     parameters = {row["rule"]: int(row["parameters"]) for row in found if row["part"] == "rules"}

@@ -15,7 +15,7 @@ from orca_rank.artifacts.files import write_csv, write_json
 from orca_rank.evidence.points import Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
 from orca_rank.report.canvas import png
-from orca_rank.report.claims import curve_figure, forest_figure, rank_curves
+from orca_rank.report.claims import curve_figure, forest_figure, markdown, rank_curves, read_evidence
 from orca_rank.stages import report
 
 CLAIMS = [
@@ -75,6 +75,22 @@ def test_a_run_of_evidence_alone_is_reported(config: DictConfig) -> None:
     assert "Evidence" in found and not any("not there yet" in text or "Options" in text for text in found)
     assert (run / "report/rank_curve.png").exists()
     assert rank_curves([replace(ROW), *gate]) == {"darcy": {"frozen": [0.8, 0.8], "1": [0.6], "4": [0.15]}}
+
+
+def test_the_page_of_text_says_what_the_claims_say() -> None:
+    text = markdown(CLAIMS, [ROW, replace(ROW, seconds=3598.0)], ["darcy: rank hardly matters."])
+    lines = text.splitlines()
+    assert lines[2] == "| a beats uniform | **supported** | -3.0 % of the error | [-4.5, -1.5] | 16 |"
+    assert lines[4] == "| rank grows | **undecided** |  |  | 12 |"
+    assert lines[6:] == ["- darcy: rank hardly matters.", "", "2 fine-tunes, 1.0 hours of training."]
+
+
+def test_the_readme_says_what_the_committed_evidence_says() -> None:
+    root = Path(__file__).parents[1]
+    folder = root / "evidence" / "evidence_small" / "evidence"
+    claims, rows, answers = read_evidence(folder, "stage=evidence")
+    assert markdown(claims, rows, answers) in (root / "README.md").read_text()
+    assert {row.point.name for row in rows} == {path.stem for path in folder.glob("*/rows/*.json")}
 
 
 def test_the_curve_has_a_point_a_seed_and_lines_for_frozen_and_full() -> None:

@@ -86,6 +86,18 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
         )
 
 
+def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str]) -> str:
+    """The verdicts as a page of text beside rank_curve.png: what stands in the README."""
+    lines = ["| claim | verdict | figure | 95 % interval | fine-tunes |", "|---|---|---|---|---|"]
+    for claim in claims:
+        figure = f"{claim.estimate:+.1f} {claim.unit}" if math.isfinite(claim.estimate) else ""
+        interval = interval_text(*_ends(claim)).strip()
+        lines.append(f"| {claim.claim} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
+    seconds = sum(row.seconds for row in rows)
+    ran = f"{len(rows)} fine-tunes, {seconds / 3600:.1f} hours of training."
+    return "\n\n".join(["\n".join(lines), *(f"- {answer}" for answer in answers), ran]) + "\n"
+
+
 Curve = dict[str, list[float]]
 
 
@@ -117,7 +129,7 @@ def curve_figure(curves: Mapping[str, Curve]) -> Figure:
         for place, rank in enumerate(ranks):
             axis.plot([place] * len(curve[rank]), curve[rank], "o", color=BLUE, markersize=4, alpha=0.7)
         axis.plot(range(len(ranks)), [fmean(curve[rank]) for rank in ranks], "o-", color=BLUE, markersize=9, mfc="none")
-        axis.set(xlim=(-0.5, len(ranks) - 0.5), xlabel="uniform rank of every layer", ylabel="test error", title=task)
+        axis.set(xlim=(-0.5, max(1, len(ranks)) - 0.5), xlabel="uniform rank of every layer", ylabel="test error", title=task)
         axis.set_xticks(range(len(ranks)), ranks)
     return figure
 

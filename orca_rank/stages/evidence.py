@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orca_rank.artifacts.damaged import reading
-from orca_rank.artifacts.files import read_json, write_csv, write_json
+from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences
 from orca_rank.evidence.compare import half_width
@@ -31,6 +31,8 @@ from orca_rank.evidence.verdicts import (
     rules_against_uniform,
 )
 from orca_rank.measuring.records import Layer
+from orca_rank.report.canvas import png
+from orca_rank.report.claims import curve_figure, markdown, rank_curves
 from orca_rank.stages import align, finetune, measure
 from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
 from orca_rank.stages.setup import stage_folder
@@ -40,7 +42,8 @@ SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of t
 
 
 def run(config: DictConfig) -> None:
-    """Run what the protocol asks for, point by point, and write evidence/evidence.csv and evidence/claims.json.
+    """Run what the protocol asks for, point by point, and write evidence/: evidence.csv, claims.json, README.md and
+    rank_curve.png.
 
     Every point is a fine-tune in evidence/<task>/finetune/; one that is there is not run again, so that the same
     command goes on where it stopped.
@@ -75,6 +78,8 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol) -> None:
         time_left = f", at most {left / 3600:.1f} h left" if done else ""
         console.print(f"{len(rows)} done{time_left}: {points[0].task} {points[0].name}", soft_wrap=True)
         rows.append(_run_point(config, folder, points[0], costs[points[0].task], protocol))
+        _collect(folder, rows)
+    if rows:
         _collect(folder, rows)
     _conclude(folder, protocol, rows, str(config.evidence.metric))
 
@@ -251,6 +256,11 @@ def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str
         "seconds": sum(row.seconds for row in rows),
     }
     write_json(folder / "claims.json", payload)
+    with atomic(folder / "README.md") as temporary:
+        temporary.write_text(markdown(found, rows, answers))
+    if curves := rank_curves(rows):
+        with atomic(folder / "rank_curve.png") as temporary:
+            temporary.write_bytes(png(curve_figure(curves)))
     table = Table("claim", "verdict", "figure", "95 % interval", "runs")
     for claim in found:
         table.add_row(

@@ -40,7 +40,10 @@ def _take(own: DictConfig, nodes: Mapping[str, Any]) -> None:
 def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
     """What a row of a task and rule, or arm, depends on, as plain values."""
     named = {**config.evidence.rules, **config.evidence.arms}
-    return {**select(for_task(config, Path("."), task, {}), *SECTIONS), "rule": plain(named.get(rule))}
+    options = select(for_task(config, Path("."), task, {}), *SECTIONS)
+    for section in ("data", "source"):  # where files lie on this machine is nobody else's business
+        options[section] = {name: value for name, value in options[section].items() if name not in ("root", "cache")}
+    return {**options, "rule": plain(named.get(rule))}
 
 
 def cost_of_one_rank(config: DictConfig, task: str) -> int:
