@@ -129,8 +129,8 @@ def curve_figure(curves: Mapping[str, Curve]) -> Figure:
         for place, rank in enumerate(ranks):
             axis.plot([place] * len(curve[rank]), curve[rank], "o", color=BLUE, markersize=4, alpha=0.7)
         axis.plot(range(len(ranks)), [fmean(curve[rank]) for rank in ranks], "o-", color=BLUE, markersize=9, mfc="none")
-        axis.set(xlim=(-0.5, max(1, len(ranks)) - 0.5), xlabel="uniform rank of every layer", ylabel="test error", title=task)
-        axis.set_xticks(range(len(ranks)), ranks)
+        axis.set(xlabel="uniform rank of every layer", ylabel="test error", title=task)
+        axis.set(xlim=(-0.5, max(1, len(ranks)) - 0.5), xticks=range(len(ranks)), xticklabels=ranks)
     return figure
 
 
