@@ -16,8 +16,8 @@ from torch import Tensor
 
 from orca_rank.distances._inputs import full_precision, pair
 
-# Nuclear norms and gradients of 200 products of 10 x 29: 50 ms one by one, 7 ms batched by singular values, 4.5 ms by
-# Gram matrices; of ten of 128 x 128: 30, 30 and 37 ms (benchmarks/distances.py --only norms).
+# Nuclear norms and gradients of 200 products of 10 x 29: 22 ms one by one, 8 ms batched by singular values, 5 ms by
+# Gram matrices; of ten of 128 x 128: 32, 25 and 34 ms (benchmarks/distances.py --only norms, an AMD EPYC with AVX2).
 SMALL_SIDE = 32  # up to here by Gram matrices
 BATCH_ELEMENTS = 2**16  # in one batch; more is no faster, and memory stays bounded
 
