@@ -1,7 +1,7 @@
 """What kills do to a run: every stage, and adapters of every kind, killed at random moments, gone on with, and compared
 bit by bit with a run that nobody killed.
 
-    python benchmarks/faults.py                        # 81 kills, about a quarter of an hour on one core
+    python benchmarks/faults.py                        # at least 3 kills of every case
     python benchmarks/faults.py --kills 4 --only measure
 
 SIGKILL comes at a random moment of a run's time or, every second time, right before or after a random one of its file
