@@ -129,7 +129,7 @@ def cases() -> list[Case]:
         Case("predict", ("stage=predict", *dylora[1:]), (dylora,)),
         Case("report", ("stage=report",), (align, measure, ("stage=finetune", "finetune.tag=one"))),
     ]
-    tuned = ("stage=finetune", UNALIGNED)
+    tuned = ("stage=finetune", UNALIGNED, "layers.qkv=fused")  # as PEFT's adapters ask
     found += [Case(f"adapter={name}", (*tuned, f"adapter={name}")) for name in ADAPTERS]
     return [
         *found,
