@@ -1,20 +1,31 @@
-"""A LoRA training step against PEFT's: process CPU time and peak activation memory, alternated in one process.
+"""A LoRA training step against its peers: process CPU time and peak activation memory, alternated in one process.
 
-    python benchmarks/adapters.py                       # every setting of the table, a few minutes
-    python benchmarks/adapters.py --only r8 --steps 3
+    python benchmarks/adapters.py                                # every setting with the usual sides
+    python benchmarks/adapters.py --only micro --sides peft auto floor --repeats 20
 
-Same timm model, ranks, inputs and optimiser on both sides; float32, one thread. The peak is the CPU allocator's within
-one step, without weights, gradients and optimiser state that exist before it. Ratios are ours over PEFT's, medians.
+Same timm model, ranks, inputs and optimiser on every side; float32, one thread. Sides: peft; peft_checkpointed, with
+timm's gradient checkpointing; peft_compiled, under torch.compile; plain, fast and lean, our paths (see `set_memory`);
+auto, the one that `inject` chooses; checkpointed, lean with checkpointing; floor, the frozen forward pass and the
+gradient of the input.
+
+Every repeat runs each side once. Ratios are over PEFT's CPU time in the same repeat: their median and quartiles; beside
+them the ratio of the fastest repeats, which other work on the machine disturbs least. The peak is the CPU allocator's
+within one step, without weights, gradients and optimiser state that exist before it. Ratios depend on the processor,
+which is printed.
 """
 
 import argparse
 import copy
 import os
+import platform
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
@@ -29,47 +40,66 @@ from orca_rank.adapters import LoRA, inject
 from orca_rank.ranks import RankPlan
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-# name: (model, batch, rank, checkpoint our blocks, (time, memory) to reach)
-SETTINGS = {
-    "r8": ("swin_tiny_patch4_window7_224", 8, 8, False, (0.80, 0.55)),
-    "r256": ("swin_tiny_patch4_window7_224", 8, 256, False, (0.60, 0.46)),
-    "checkpointed": ("swin_tiny_patch4_window7_224", 8, 8, True, (1.25, 0.25)),
-    "swin_b": ("swin_base_patch4_window7_224", 4, 8, False, (0.90, 0.55)),
+SWIN = "swin_tiny_patch4_window7_224"
+MICRO = {
+    "img_size": 64,
+    "window_size": 4,
+    "embed_dim": 32,
+    "depths": (2, 2, 4, 2),
+    "num_heads": (1, 2, 4, 8),
+}  # backbone=swin_micro
+# name: (model, its options, image size, batch, rank)
+SETTINGS: dict[str, tuple[str, dict[str, Any], int, int, int]] = {
+    "micro": (SWIN, MICRO, 64, 32, 8),
+    "r8": (SWIN, {}, 224, 8, 8),
+    "r256": (SWIN, {}, 224, 8, 256),
+    "swin_b": ("swin_base_patch4_window7_224", {}, 224, 4, 8),
 }
+SIDES = ("peft", "peft_checkpointed", "peft_compiled", "plain", "fast", "lean", "auto", "checkpointed", "floor")
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, options: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, drop_path_rate=0.0).train()
+    return timm.create_model(name, drop_path_rate=0.0, **options).train()
 
 
-def ours(name: str, rank: int, memory: str, checkpoint: bool) -> nn.Module:
-    model = build(name)
+def ours(model: nn.Module, rank: int, memory: str) -> nn.Module:
     ranks = {path: rank for path, m in model.named_modules() if path.endswith(TARGETS) and isinstance(m, nn.Linear)}
-    plan = RankPlan(ranks, allow_above_full=True)
-    inject(model, plan, partial(LoRA, alpha=16), memory=memory)
-    model.set_grad_checkpointing(checkpoint)
+    inject(model, RankPlan(ranks, allow_above_full=True), partial(LoRA, alpha=16), memory=memory)
     return model
 
 
-def theirs(name: str, rank: int) -> nn.Module:
+def theirs(model: nn.Module, rank: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(build(name), LoraConfig(r=rank, lora_alpha=16, target_modules=list(TARGETS))).train()
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, target_modules=list(TARGETS))).train()
 
 
-def floor(name: str) -> nn.Module:
-    """The frozen forward pass and the gradient of the input: what no adapter can undercut by ordinary means."""
-    return build(name).requires_grad_(False)
+def side_of(side: str, name: str, options: dict[str, Any], rank: int) -> nn.Module:
+    model = build(name, options)
+    if side == "floor":
+        return model.requires_grad_(False)
+    model.set_grad_checkpointing(side.endswith("checkpointed"))
+    if side.startswith("peft"):
+        model = theirs(model, rank)
+        return torch.compile(model) if side == "peft_compiled" else model
+    return ours(model, rank, "lean" if side == "checkpointed" else side)
+
+
+def processor() -> str:
+    """The processor's name and the widest instructions that torch uses on it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 class Step:
     """One optimiser step of a model on fixed data."""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module, size: int, batch: int) -> None:
         generator = torch.Generator().manual_seed(1)
         self.model = model
-        self.x = torch.randn(batch, 3, 224, 224, generator=generator)
+        self.x = torch.randn(batch, 3, size, size, generator=generator)
         self.y = torch.randint(1000, (batch,), generator=generator)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
@@ -84,10 +114,11 @@ class Step:
             self.optimiser.zero_grad()
         self.x.grad = None
 
-    def seconds(self) -> float:
-        start = time.process_time()
+    def seconds(self) -> tuple[float, float]:
+        """CPU and wall time of one step."""
+        start, wall = time.process_time(), time.perf_counter()
         self()
-        return time.process_time() - start
+        return time.process_time() - start, time.perf_counter() - wall
 
     def peak(self) -> int:
         """Bytes above what is allocated before the step."""
@@ -101,7 +132,7 @@ class Step:
         return highest
 
 
-def gradients_agree(name: str, rank: int, mine: nn.Module, peft_model: nn.Module) -> float:
+def gradients_agree(mine: nn.Module, peft_model: nn.Module, size: int) -> float:
     """Largest relative difference of the adapters' gradients, after giving both the same weights."""
     mine, peft_model = copy.deepcopy(mine), copy.deepcopy(peft_model)
     generator = torch.Generator().manual_seed(2)
@@ -115,45 +146,48 @@ def gradients_agree(name: str, rank: int, mine: nn.Module, peft_model: nn.Module
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
                 other.copy_(parameter)
             pairs.append((parameter, other))
-    x = torch.randn(2, 3, 224, 224, generator=generator)
+    x = torch.randn(2, 3, size, size, generator=generator)
     for model in (mine, peft_model):
         model(x).square().mean().backward()
     return max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs)
 
 
+def compare(setting: str, sides: Sequence[str], repeats: int) -> None:
+    name, options, size, batch, rank = SETTINGS[setting]
+    steps = {side: Step(side_of(side, name, options, rank), size, batch) for side in sides}
+    peaks = {side: step.peak() for side, step in steps.items()}
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in steps}
+    for _ in range(repeats):
+        for side, step in steps.items():
+            times[side].append(step.seconds())
+    for side, pairs in times.items():
+        cpu, wall = zip(*pairs, strict=True)
+        ratios = [mine / peft for mine, (peft, _) in zip(cpu, times["peft"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        fastest = min(cpu) / min(peft for peft, _ in times["peft"])
+        print(
+            f"{setting:<7}{side:<18} CPU {statistics.median(cpu):7.3f} s  wall {statistics.median(wall):7.3f} s"
+            f"  time {middle:.2f} ({low:.2f} to {high:.2f}), fastest {fastest:.2f}"
+            f"  memory {peaks[side] / 2**20:5.0f} MiB, {peaks[side] / peaks['peft']:.3f} x PEFT",
+            flush=True,
+        )
+    for side in ("plain", "fast", "lean", "auto"):
+        if side in steps:
+            worst = gradients_agree(steps[side].model, steps["peft"].model, size)
+            print(f"{setting:<7}{side:<18} gradients differ from PEFT's by at most {worst:.1e} (relative)", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--steps", type=int, default=5, help="alternated repetitions")
-    parser.add_argument("--modes", nargs="*", default=["lean"])
-    parser.add_argument("--floor", action="store_true", help="also time the frozen forward and input gradient")
+    parser.add_argument("--sides", nargs="*", choices=SIDES, default=[s for s in SIDES if s != "peft_compiled"])
+    parser.add_argument("--repeats", type=int, default=7, help="at least 2")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    print(f"{processor()}, 1 thread, torch {torch.__version__}, {options.repeats} alternated repeats", flush=True)
     for setting in options.only:
-        name, batch, rank, checkpoint, goal = SETTINGS[setting]
-        steps = {"peft": Step(theirs(name, rank), batch)}
-        for mode in options.modes:
-            steps[mode] = Step(ours(name, rank, mode, checkpoint), batch)
-        if options.floor:
-            steps["floor"] = Step(floor(name), batch)
-        peaks = {side: step.peak() for side, step in steps.items()}
-        times: dict[str, list[float]] = {side: [] for side in steps}
-        for _ in range(options.steps):
-            for side, step in steps.items():
-                times[side].append(step.seconds())
-        medians = {side: statistics.median(values) for side, values in times.items()}
-        for side in steps:
-            ratio, memory = medians[side] / medians["peft"], peaks[side] / peaks["peft"]
-            wanted = f"  (to reach {goal[0]:.2f} / {goal[1]:.2f})" if side == "lean" else ""
-            print(
-                f"{setting:<13}{side:<9} {medians[side]:7.2f} s  {peaks[side] / 2**20:7.0f} MiB"
-                f"  time {ratio:.2f}  memory {memory:.3f} x PEFT{wanted}",
-                flush=True,
-            )
-        if "lean" in steps and not checkpoint:
-            worst = gradients_agree(name, rank, steps["lean"].model, steps["peft"].model)
-            print(f"{setting:<13}gradients differ from PEFT's by at most {worst:.1e} (relative)", flush=True)
+        compare(setting, list(dict.fromkeys(("peft", *options.sides))), options.repeats)
 
 
 if __name__ == "__main__":

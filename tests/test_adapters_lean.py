@@ -21,11 +21,13 @@ from orca_rank.adapters import (
     begin_step,
     inject,
     merge,
+    products,
     set_memory,
     unload,
 )
 from orca_rank.adapters import lean as lean_module
-from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
+from orca_rank.adapters.lean import LeanLinear, Plan, cheapest
+from orca_rank.adapters.products import FastLinear
 from orca_rank.ranks import RankPlan
 
 timm = pytest.importorskip("timm")
@@ -99,9 +101,9 @@ def test_dylora_takes_the_same_path():
     assert_same(gradients(plain, inputs(plain)), gradients(lean, inputs(lean)))
 
 
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("form", ["factored", "folded", "dense"])
 @pytest.mark.parametrize("before", [None, F.gelu, lambda x: F.layer_norm(x, (6,))])
-def test_gradcheck(dense, before, monkeypatch):
+def test_gradcheck(form, before, monkeypatch):
     monkeypatch.setattr(lean_module, "CPU_ROWS", 2)
     generator = torch.Generator().manual_seed(0)
     w, bias, a, b1, b2, x = (
@@ -109,7 +111,7 @@ def test_gradcheck(dense, before, monkeypatch):
         for shape in ((9, 6), (9,), (5, 6), (3, 2), (3, 3), (5, 6))
     )
     rows = [slice(0, 3), slice(6, 9)]
-    plan = Plan(before, rows, dense, 1, torch.float64)
+    plan = Plan(before, rows, form, 1, torch.float64)
     leaves = [t.requires_grad_() for t in (a, b1, b2, x)]
     assert torch.autograd.gradcheck(lambda a, *rest: LeanLinear.apply(plan, w, bias, a, *rest), leaves)
     delta = torch.zeros(9, 6, dtype=torch.float64)
@@ -119,11 +121,52 @@ def test_gradcheck(dense, before, monkeypatch):
 
 
 def test_cost_rule():
-    assert prefers_dense(25088, 256, 96, 288) and not prefers_dense(25088, 8, 96, 288)
-    assert not prefers_dense(100, 256, 768, 2304)  # W₀ + BA costs more than the few tokens
+    assert cheapest(25088, 256, 96, 288) == "dense" and cheapest(25088, 8, 96, 288) == "folded"
+    assert cheapest(100, 256, 768, 2304) == "factored"  # W₀ + BA costs more than the few tokens
+    assert cheapest(25088, 8, 96, 288, folds=False) == "factored"
 
 
-@pytest.mark.parametrize("memory", ["plain", "lean"])
+@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradcheck_of_the_fast_product(folds, with_bias, monkeypatch):
+    monkeypatch.setattr(products, "CPU_ROWS", 2)
+    generator = torch.Generator().manual_seed(0)
+    w, bias, a, b, x = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((7, 6), (7,), (3, 6), (7, 3), (2, 4, 6))
+    )
+    given = bias if with_bias else None
+    leaves = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
+    y = FastLinear.apply(folds, x, w, given, a, b)
+    assert apart(y, F.linear(x, w + b @ a, given)) < 1e-14
+    assert torch.autograd.gradcheck(lambda x, a, b: FastLinear.apply(folds, x, w, given, a, b), leaves)
+    for learns in range(3):  # the others are constants
+        learning = [leaves[learns]]
+        frozen = [leaf if i == learns else leaf.detach() for i, leaf in enumerate(leaves)]
+        y = FastLinear.apply(folds, frozen[0], w, given, *frozen[1:])
+        (grad,) = torch.autograd.grad(y.square().sum(), learning)
+        (expected,) = torch.autograd.grad(F.linear(x, w + b @ a, given).square().sum(), learning)
+        assert apart(grad, expected) < 1e-12
+
+
+@pytest.mark.parametrize("make", [swin, vit])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": 30}, {"thirds": True}, {"frozen": "A"}, {"frozen": "B"}, {"init": "symmetric"}, {"make": QLoRA}],
+)
+def test_fast_is_plain(make, options):
+    plain, fast = (adapt(make().double(), memory, **options) for memory in ("plain", "fast"))
+    assert_same(gradients(plain, inputs(plain)), gradients(fast, inputs(plain)))
+    assert not any("forward" in vars(block) for block in fast.modules())
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(12, "fast"), (96, "lean")])
+def test_the_path_is_chosen_by_the_narrowest_layer(width, chosen):
+    model = adapt(swin(embed_dim=width, num_heads=(2, 4)), "auto")
+    assert {module.memory for module in model.modules() if isinstance(module, AdaptedLinear)} == {chosen}
+
+
+@pytest.mark.parametrize("memory", ["plain", "fast", "lean"])
 def test_bfloat16_autocast(memory):
     exact = gradients(adapt(swin(), "plain"), inputs(swin(), torch.float32))
     model = adapt(swin(), memory)

@@ -19,23 +19,27 @@ from orca_rank.adapters.linear import MEMORY, AdaptedLinear
 SWIN = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2", "window_size", "shift_size", "attn_mask")
 SWIN_ATTENTION = ("qkv", "attn_drop", "softmax", "proj", "proj_drop", "num_heads", "scale", "_get_rel_pos_bias")
 VIT = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+LEAN_WIDTH = 96
 TINY = torch.finfo(torch.float32).tiny
 MLP = ("fc1", "act", "drop1", "norm", "fc2", "drop2")
 
 
 def set_memory(model: nn.Module, memory: str) -> None:
-    """Choose what a training step keeps.
+    """Choose what a training step keeps, and so how fast it is.
 
     Args:
         model: with adapters.
-        memory: ``plain`` is ordinary autograd, the readable reference; ``lean`` rebuilds the outputs of LayerNorm,
-            GELU and window attention in the backward pass.
+        memory: ``plain`` is ordinary autograd, the readable reference; ``fast`` keeps as much, and multiplies less (see
+            `products`); ``lean`` is fast, and rebuilds the outputs of LayerNorm, GELU and window attention in the
+            backward pass; ``auto`` is one of the last two, see `choose_memory`.
 
     Raises:
         ValueError: for another mode.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory is {memory!r}; expected one of {MEMORY}")
+    if memory == "auto":
+        memory = choose_memory(model)
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.memory = memory
@@ -43,8 +47,22 @@ def set_memory(model: nn.Module, memory: str) -> None:
         if not (_is_swin(block) or _is_vit(block)):
             continue
         vars(block).pop("forward", None)
-        if memory != "plain" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
+        if memory == "lean" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
             block.forward = partial(swin_block if _is_swin(block) else vit_block, block)  # unlike a method, it pickles
+
+
+def choose_memory(model: nn.Module) -> str:
+    """``fast`` on a CPU where an adapted matrix has fewer than LEAN_WIDTH inputs, else ``lean``.
+
+    What is rebuilt costs time in proportion to a layer's width, its products to the width's square, and the calls from
+    Python the same at any width: measured on a processor with AVX2 (`benchmarks/adapters.py`), rebuilding adds about a
+    third to a step of swin_micro (widths 32 to 256, where memory is no concern) and an eighth to one of Swin-T (96 to
+    768), which it makes fit in half the memory. Other devices have not been measured and keep to memory.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    narrow = any(module.in_features < LEAN_WIDTH for module in layers)
+    on_cpu = all(p.device.type == "cpu" for module in layers for p in module.branches.parameters())
+    return "fast" if narrow and on_cpu else "lean"
 
 
 def _has(module: nn.Module, names: tuple[str, ...]) -> bool:

@@ -27,7 +27,7 @@ def inject(
     plan: Ranks,
     adapter: Callable[..., LoRA] = LoRA,
     *,
-    memory: str = "lean",
+    memory: str = "auto",
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, LoRA]: ...
@@ -39,7 +39,7 @@ def inject(
     plan: Ranks,
     adapter: PeftAdapter,
     *,
-    memory: str = "lean",
+    memory: str = "auto",
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, nn.Module]: ...
@@ -50,7 +50,7 @@ def inject(
     plan: object,
     adapter: Callable[..., LoRA] | PeftAdapter = LoRA,
     *,
-    memory: str = "lean",
+    memory: str = "auto",
     freeze: bool = True,
     generator: torch.Generator | None = None,
 ) -> dict[str, LoRA] | dict[str, nn.Module]:
@@ -67,7 +67,7 @@ def inject(
         plan: a RankPlan, or a mapping layer -> rank (an integer of at least 0).
         adapter: ``adapter(weight, rank, name=..., generator=...)`` -> LoRA or a subclass, e.g. LoRA itself or a partial
             of it; or a PeftAdapter.
-        memory: what a training step keeps: ``lean`` | ``plain``, see `set_memory`.
+        memory: what a training step keeps: ``auto`` | ``lean`` | ``fast`` | ``plain``, see `set_memory`.
         freeze: freeze every parameter that ``model`` had, so that exactly the adapters' train.
         generator: source of the random initial values.
 

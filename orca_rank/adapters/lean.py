@@ -16,13 +16,23 @@ from torch import Tensor
 CPU_ROWS = 2048
 
 
-def prefers_dense(tokens: int, rank: int, d_in: int, d_out: int) -> bool:
-    """Whether (W₀ + BA)x costs less than W₀x + B(Ax) in a training step of so many tokens.
+def cheapest(tokens: int, rank: int, d_in: int, d_out: int, folds: bool = True) -> str:
+    """How a training step of so many tokens multiplies by W₀ + BA at the least cost.
 
-    The first needs the weight's gradient, d_in d_out per token, and four products of BA's size; the second
-    3 r (d_in + d_out) per token. At small ranks the second form wins (kexue.fm/9590), at large ones the first.
+    * ``factored``: W₀x + B(Ax), and gradients through the factors: 3 r (d_in + d_out) per token beside W₀'s products;
+    * ``folded``: (W₀ + BA)x and (W₀ + BA)ᵀdy, but gradients through the factors: 2 r (d_in + d_out) per token, and BA
+      formed twice. It also spares both passes over y and dx that add the parts up;
+    * ``dense``: the same, with gradients through that of the matrix: d_in d_out per token, and four products of BA's
+      size. At small ranks the factors win (kexue.fm/9590), at large ones this does.
+
+    Args:
+        folds: whether BA survives being added to W₀: in less than float32 it is rounded away.
     """
-    return (tokens + 4 * rank) * d_in * d_out < 3 * tokens * rank * (d_in + d_out)
+    formed = rank * d_in * d_out
+    costs = {"factored": 3 * tokens * rank * (d_in + d_out), "dense": tokens * d_in * d_out + 4 * formed}
+    if folds:
+        costs["folded"] = 2 * tokens * rank * (d_in + d_out) + 2 * formed
+    return min(costs, key=lambda form: costs[form])
 
 
 class Plan(NamedTuple):
@@ -32,7 +42,7 @@ class Plan(NamedTuple):
         before: a deterministic function of the inputs with frozen parameters, or None for u = inputs[0]. If it has a
             method ``vjp(*inputs) -> (u, pull)``, ``pull(du)`` gives the inputs' gradients in place of autograd.
         rows: for each B, the rows of W₀ that it adapts; the rows of A belong to the Bs in their order.
-        dense: form W₀ + BA (see `prefers_dense`).
+        form: see `cheapest`.
         group: how many entries of dimension 0 ``before`` must see together.
         dtype: in which to multiply.
         reuse: nobody else reads the inputs, so their gradients may take their memory. The graph then serves one
@@ -42,16 +52,16 @@ class Plan(NamedTuple):
 
     before: Callable[..., Tensor] | None
     rows: Sequence[slice]
-    dense: bool
+    form: str
     group: int
     dtype: torch.dtype
     reuse: bool = False
     unpack: Callable[[Tensor], Tensor] | None = None
 
     def matrix(self, weight: Tensor, a: Tensor, bs: Sequence[Tensor]) -> Tensor:
-        """W₀, plus BA in the dense form, ready to multiply."""
+        """W₀, plus BA unless the form is factored, ready to multiply."""
         w = weight if self.unpack is None else self.unpack(weight)
-        if not self.dense:
+        if self.form == "factored":
             return w.detach().to(self.dtype)
         w = w.detach().to(self.dtype, copy=True)
         for part, b, own in zip(self.rows, bs, _split(a, bs, 0), strict=True):
@@ -82,18 +92,19 @@ class LeanLinear(torch.autograd.Function):
         bs, inputs = b_and_inputs[:count], b_and_inputs[count:]
         learns_a, learns_b = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4 : 4 + count])
         passes_on = any(ctx.needs_input_grad[4 + count :])
-        keeps_inputs = learns_a or (plan.dense and learns_b) or (plan.before is not None and passes_on)
+        factored, dense = plan.form == "factored", plan.form == "dense"
+        keeps_inputs = learns_a or (dense and learns_b) or (plan.before is not None and passes_on)
         device = weight.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         w = plan.matrix(weight, a, bs)
         own_bias = None if bias is None else bias.to(plan.dtype)
         # Where the Bs cover every output, the bias rides on their product and costs no pass over y of its own.
         rides, wide = False, bs
-        if own_bias is not None and not plan.dense and sum(len(b) for b in bs) == len(w):
+        if own_bias is not None and factored and sum(len(b) for b in bs) == len(w):
             rides = True
             wide = tuple(torch.cat([b, own_bias[part, None]], 1) for part, b in zip(plan.rows, bs, strict=True))
         y = weight.new_empty(math.prod(inputs[0].shape[:-1]), len(w), dtype=plan.dtype)
-        z = None if keeps_inputs or plan.dense or not learns_b else y.new_empty(len(y), len(a))
+        z = None if keeps_inputs or dense or not learns_b else y.new_empty(len(y), len(a))
         for entries, rows in plan.chunks(inputs[0]):
             given = [x[entries] for x in inputs]
             u = (given[0] if plan.before is None else plan.before(*given)).reshape(-1, a.shape[1]).to(plan.dtype)
@@ -102,11 +113,12 @@ class LeanLinear(torch.autograd.Function):
                 torch.mm(u, w.T, out=y_own)
             else:
                 torch.addmm(own_bias, u, w.T, out=y_own)
-            if not plan.dense:
+            if factored or z is not None:
                 z_own = u @ a.T  # (n, R)
-                ones = [z_own.new_ones(len(z_own), 1)] if rides else []
-                for part, b, z_part in zip(plan.rows, wide, _split(z_own, bs, 1), strict=True):
-                    y_own[:, part].addmm_(torch.cat([z_part, *ones], dim=1), b.T)
+                if factored:
+                    ones = [z_own.new_ones(len(z_own), 1)] if rides else []
+                    for part, b, z_part in zip(plan.rows, wide, _split(z_own, bs, 1), strict=True):
+                        y_own[:, part].addmm_(torch.cat([z_part, *ones], dim=1), b.T)
                 if z is not None:
                     z[rows] = z_own
         ctx.plan = plan
@@ -124,9 +136,10 @@ class LeanLinear(torch.autograd.Function):
         bs, inputs = rest[:count], rest[count:]
         learns_a, learns_b = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4 : 4 + count])
         wanted = ctx.needs_input_grad[4 + count :]
+        factored, dense = plan.form == "factored", plan.form == "dense"
         w = plan.matrix(weight, a, bs)
         dy = dy.reshape(-1, len(w))  # (N, d_out)
-        dw = torch.zeros_like(w if plan.dense else w[:0])
+        dw = torch.zeros_like(w if dense else w[:0])
         da, dbs = torch.zeros_like(a), [torch.zeros_like(b.T) for b in bs]
         dx: list[Any] = [None] * len(inputs)
         like = inputs[0] if ctx.keeps_inputs else weight.new_empty(1).expand(ctx.shapes[0])
@@ -136,7 +149,7 @@ class LeanLinear(torch.autograd.Function):
             # Whatever needs u below has kept the inputs that it is rebuilt from.
             flat = dy.new_empty(0) if u is None else u.detach().reshape(-1, a.shape[1]).to(plan.dtype)
             dy_own = dy[rows]
-            if plan.dense:
+            if dense:
                 if learns_a or learns_b:
                     dw.addmm_(dy_own.T, flat)
                 du = dy_own @ w if any(wanted) else None
@@ -149,10 +162,12 @@ class LeanLinear(torch.autograd.Function):
                         db.addmm_(z_part.T, dy_own[:, part])
                 if learns_a:
                     da.addmm_(dz, flat)
-                du = (dy_own @ w).addmm_(dz.T, a) if any(wanted) else None
+                du = dy_own @ w if any(wanted) else None
+                if du is not None and factored:
+                    du.addmm_(dz.T, a)
             if du is not None:
                 _write(dx, pull(du), entries, ctx.shapes, inputs if plan.reuse else None)
-        if plan.dense:
+        if dense:
             da = torch.cat([b.T @ dw[part] for part, b in zip(plan.rows, bs, strict=True)])
             dbs = [own @ dw[part].T for part, own in zip(plan.rows, _split(a, bs, 0), strict=True)]
         dx = [d if d is None else d.to(ctx.inputs_dtype) for d in dx]

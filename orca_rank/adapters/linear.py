@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.adapters.lean import LeanLinear, Plan, prefers_dense
+from orca_rank.adapters.lean import LeanLinear, Plan, cheapest
 from orca_rank.adapters.lora import LoRA, scale_of
+from orca_rank.adapters.products import FastLinear
 
 WHOLE = "all"
 THIRDS = ("q", "k", "v")
-MEMORY = ("plain", "lean")
+MEMORY = ("auto", "plain", "fast", "lean")
 
 
 class AdaptedModule(nn.Module):
@@ -153,7 +154,7 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         if self.folds(x):
             return F.linear(x, self.own_weight() + self.delta_weight().to(x.dtype), self.bias)
         if self.is_lean:
-            return self.after(None, x)
+            return self.fast(x)
         y = F.linear(x, self.base_weight(), self.bias)
         dropped = F.dropout(x, self.dropout, self.training)
         pieces = {part: branch(dropped) for part, branch in self.parts.items()}
@@ -201,6 +202,19 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         """What the backward pass keeps of W₀, and how to get W₀ from it."""
         return self.base_weight(), None
 
+    def fast(self, x: Tensor) -> Tensor:
+        """The layer applied to x, which the backward pass keeps; see `products.FastLinear`."""
+        whole = self.branches._modules.get(WHOLE)
+        weight, unpack = self.kept_weight()
+        mixed = x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
+        if not isinstance(whole, LoRA) or unpack is not None or mixed:
+            return self.after(None, x)
+        a, b = whole.factors()
+        form = cheapest(x.numel() // self.in_features, len(a), self.in_features, len(b), x.dtype.itemsize >= 4)
+        if form == "dense":
+            return self.after(None, x)
+        return FastLinear.apply(form == "folded", x, weight, self.bias, a.to(x.dtype), b.to(x.dtype))
+
     def after(
         self, before: Callable[..., Tensor] | None, *inputs: Tensor, group: int | None = None, reuse: bool = False
     ) -> Tensor:
@@ -220,9 +234,10 @@ class AdaptedLinear(AdaptedModule, nn.Linear):
         bs = [b.to(dtype) for _, b in factors]
         shape = inputs[0].shape[:-1]
         rows = [self.rows(part) for part in self.branches]
-        dense = all(prefers_dense(shape.numel(), b.shape[1], self.in_features, len(b)) for b in bs)
+        forms = {cheapest(shape.numel(), b.shape[1], self.in_features, len(b), dtype.itemsize >= 4) for b in bs}
+        form = forms.pop() if len(forms) == 1 else "factored"
         weight, unpack = self.kept_weight()
-        plan = Plan(before, rows, dense, group or 1, dtype, reuse, unpack)
+        plan = Plan(before, rows, form, group or 1, dtype, reuse, unpack)
         if group is None:
             inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
         y = LeanLinear.apply(plan, weight, self.bias, a.to(dtype), *bs, *inputs)
