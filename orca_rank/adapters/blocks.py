@@ -55,9 +55,9 @@ def choose_memory(model: nn.Module) -> str:
     """``fast`` on a CPU where an adapted matrix has fewer than LEAN_WIDTH inputs, else ``lean``.
 
     What is rebuilt costs time in proportion to a layer's width, its products to the width's square, and the calls from
-    Python the same at any width: measured on a processor with AVX2 (`benchmarks/adapters.py`), rebuilding adds about a
-    third to a step of swin_micro (widths 32 to 256, where memory is no concern) and an eighth to one of Swin-T (96 to
-    768), which it makes fit in half the memory. Other devices have not been measured and keep to memory.
+    Python the same at any width: measured on a processor with AVX2 (`benchmarks/adapters.py`), rebuilding adds about
+    two fifths to a step of swin_micro (widths 32 to 256, where memory is no concern) and a seventh to one of Swin-T
+    (96 to 768), where it halves the memory. Other devices have not been measured and keep to memory.
     """
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     narrow = any(module.in_features < LEAN_WIDTH for module in layers)
