@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from orca_rank.task import Task
 
+if TYPE_CHECKING:
 
-@runtime_checkable
-class Data(Protocol):
-    """What a stage asks of a dataset; `orca_rank.data.module.InMemory` gives the rest.
+    class Data(Protocol):
+        """What a stage asks of a dataset; `orca_rank.data.module.InMemory` gives the rest.
 
-    Batches are (x, y): x (B, C, H, W) float32 as the network reads them, y int64 (B,) for classes or float fields
-    (B, c, H, W).
-    """
+        Batches are (x, y): x (B, C, H, W) float32 as the network reads them, y int64 (B,) for classes or float fields
+        (B, c, H, W).
+        """
 
-    @property
-    def task(self) -> Task:
-        """Shapes, loss and metric."""
+        @property
+        def task(self) -> Task:
+            """Shapes, loss and metric."""
 
-    def prepare_data(self) -> None: ...
+        def prepare_data(self) -> None: ...
 
-    def setup(self, stage: str) -> None:
-        """Make the loaders of "fit" (train and val) or "test" ready."""
+        def setup(self, stage: str) -> None:
+            """Make the loaders of "fit" (train and val) or "test" ready."""
 
-    def train_dataloader(self) -> DataLoader[Any]: ...
+        def train_dataloader(self) -> DataLoader[Any]: ...
 
-    def val_dataloader(self) -> DataLoader[Any]: ...
+        def val_dataloader(self) -> DataLoader[Any]: ...
 
-    def test_dataloader(self) -> DataLoader[Any]: ...
+        def test_dataloader(self) -> DataLoader[Any]: ...
+
+else:
+    Data = Any  # isinstance of a protocol would ask for `task`, which loads the data
 
 
 def count(loader: DataLoader[Any]) -> int:
