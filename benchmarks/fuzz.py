@@ -35,7 +35,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR100
 
-from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.artifacts.files import read_record, read_tensors, write_json
 from orca_rank.artifacts.provenance import finished
 from orca_rank.artifacts.unfinished import Unfinished
@@ -120,10 +119,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         file["coeff"], file["sol"] = field.T, field.T
     found["mat 7.3"] = folder / "seven.mat", lambda: read_mat(folder / "seven.mat")[:2]
     cache = folder / "cache"
-    options = {"folder": cache, "grid": 8, "stride": 2, "progress": False}
-    generate(2, **options)
+    darcy = {"folder": cache, "grid": 8, "stride": 2, "progress": False}
+    generate(2, **darcy)
     (kept,) = cache.iterdir()
-    found["Darcy cache"] = kept, lambda: generate(2, **options)[:2]
+    found["Darcy cache"] = kept, lambda: generate(2, **darcy)[:2]
 
     tokens = folder / "tokens.npz"
     with np.load(shipped("swin_micro", "source")) as stored:
@@ -152,8 +151,8 @@ def readers(folder: Path) -> dict[str, Reader]:
     found["safetensors"] = weights, lambda: list(read_tensors(weights, "stage=align").values())
     record = folder / "run" / "align" / "metrics.json"
     write_json(record, {"epochs": 3}, config={"seed": 0, "align": {"epochs": 3}}, inputs=[weights])
-    options = {"seed": 0, "align": {"epochs": 3}}
-    found["metrics.json"] = record, lambda: finished(record, options, force=False, made_by="stage=align")
+    made_from = {"seed": 0, "align": {"epochs": 3}}
+    found["metrics.json"] = record, lambda: finished(record, made_from, force=False, made_by="stage=align")
     for ending, save in (("safetensors", save_file), ("pth", torch.save)):
         path = folder / f"swin.{ending}"
         save(_swin().state_dict(), path)
@@ -183,11 +182,15 @@ def _weights(path: Path) -> list[torch.Tensor]:
     return [value.detach() for value in model.parameters()]
 
 
+class Again(Exception):
+    """A reader that does without a damaged file, and says so."""
+
+
 def _again(unfinished: Unfinished, path: Path) -> Any:
     """A part of a measurement; one that is made again counts as said."""
 
     def make() -> Any:
-        raise DamagedFile(f"{path} is made again")
+        raise Again(f"{path} is made again")
 
     found = unfinished.part("source", make)
     return [*found.inputs["a"], found.labels]
@@ -198,7 +201,7 @@ def _checkpoint(path: Path) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
         whole = checkpoint_of(path.parent)
     if whole is None:
-        raise DamagedFile(f"{path} is left out")
+        raise Again(f"{path} is left out")
     return torch.load(whole, weights_only=True)["state_dict"]["a"]
 
 
@@ -243,6 +246,8 @@ def outcome(path: Path, read: Callable[[], Any], expected: Any) -> tuple[str, st
         return ("equal" if same(result, expected) else "other"), ""
     except Hang:
         return "hang", "…"
+    except Again as error:
+        return "said", str(error)
     except (ValueError, KeyError, FileNotFoundError) as error:
         text = str(error.args[0]) if error.args else ""
         ours = _raised_here(error) and ("\n" not in text.strip()) and (path.name in text or path.parent.name in text)

@@ -52,10 +52,10 @@ def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
     budget, checked against them, and with the hash of the measurements where there are any that it may have read."""
     budget = budget_of(config.budget)
-    if budget is not None:
-        _within(budget, layers)
     plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget)
     plan.check(layers)
+    if budget is not None and plan.budget is not None:  # a rule that knows its ranks uses none
+        _within(budget, layers)
     path = stage_folder(config, "measure") / "layers.json"
     blind = plan.rule in ("uniform", "from_file") or not path.exists()
     return plan if blind else replace(plan, measurement=file_hash(path))
