@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain
 from orca_rank.artifacts.unfinished import Unfinished, tidy
 from orca_rank.stages import align, finetune, measure, predict
+from orca_rank.training.keep import save
 from orca_rank.training.packed import SMALL, pack, unpack
 
 Compose = Callable[..., DictConfig]
@@ -369,6 +371,35 @@ def test_what_a_killed_process_left_half_written_is_cleaned(tmp_path: Path) -> N
     with atomic(tmp_path / "file") as temporary:
         temporary.write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"file", alive.name}
+
+
+def test_a_stop_between_two_checkpoints_leaves_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter("1234")
+
+    class Writer(L.Trainer):
+        def __init__(self) -> None: ...
+
+        def save_checkpoint(self, path: Path, weights_only: bool | None = None, storage_options: object = None) -> None:
+            path.write_text(next(texts))
+
+    def stopped(source: Path, target: Path) -> None:
+        if Path(target).name == "last.ckpt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    def found() -> dict[str, str]:
+        return {path.name: path.read_text() for path in tmp_path.iterdir()}
+
+    replace = os.replace
+    save(Writer(), tmp_path)
+    save(Writer(), tmp_path)
+    assert found() == {"last.ckpt": "2", "previous.ckpt": "1"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", stopped)
+        save(Writer(), tmp_path)
+    assert found() == {"last.ckpt": "2", "previous.ckpt": "2"}
+    save(Writer(), tmp_path)
+    assert found() == {"last.ckpt": "4", "previous.ckpt": "2"}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -90,12 +91,19 @@ class Keep(Checkpoint):
 
 
 def save(trainer: L.Trainer, folder: Path) -> None:
-    """last.ckpt, whole or not at all; the one that was there becomes previous.ckpt."""
-    last = folder / LAST
+    """last.ckpt, always whole; the one that was there becomes previous.ckpt, and stays last.ckpt until the new one is
+    on the disk, so that a stop finds a last.ckpt at any moment."""
+    last, previous = folder / LAST, folder / PREVIOUS
     with atomic(last) as temporary:
         trainer.save_checkpoint(temporary, weights_only=False)
-        if last.exists():
-            os.replace(last, folder / PREVIOUS)
+        # A rename of one link of a file over another does nothing.
+        if last.exists() and not (previous.exists() and previous.samefile(last)):
+            with atomic(previous) as second:
+                second.unlink()
+                try:
+                    os.link(last, second)
+                except OSError:  # a file system without links
+                    shutil.copyfile(last, second)
 
 
 def checkpoint_of(folder: Path) -> Path | None:
