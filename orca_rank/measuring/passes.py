@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch.nn.functional as F
@@ -77,7 +77,8 @@ def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor]
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     try:
-        with Reads(weights, inside, note):
+        # Only where a weight may be read: the mode passes every call of torch through Python.
+        with Reads(weights, inside, note) if weights else nullcontext():
             yield names
     finally:
         for handle in handles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,11 +31,11 @@ from orca_rank.evidence.verdicts import (
     recommended,
     rules_against_uniform,
 )
-from orca_rank.measuring.records import Layer
 from orca_rank.report.canvas import png
 from orca_rank.report.claims import curve_figure, markdown, rank_curves
 from orca_rank.stages import align, finetune, measure
 from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
+from orca_rank.stages.planning import read_layers
 from orca_rank.stages.setup import stage_folder
 
 console = Console(highlight=False)
@@ -68,6 +69,8 @@ def run(config: DictConfig) -> None:
 def _run(config: DictConfig, folder: Path, protocol: Protocol) -> None:
     costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
     rows = read_rows(config, folder, protocol)
+    if rows:
+        _collect(folder, rows)
     started, begun = time.monotonic(), len(rows)
     while points := pending(protocol, rows):
         done = len(rows) - begun
@@ -77,9 +80,9 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol) -> None:
         left = max(most(protocol) - len(rows), len(points)) * (time.monotonic() - started) / max(done, 1)
         time_left = f", at most {left / 3600:.1f} h left" if done else ""
         console.print(f"{len(rows)} done{time_left}: {points[0].task} {points[0].name}", soft_wrap=True)
+        if points[0].rule in protocol.rules:
+            _measured(config, folder, points[0].task, costs[points[0].task], protocol, rows)
         rows.append(_run_point(config, folder, points[0], costs[points[0].task], protocol))
-        _collect(folder, rows)
-    if rows:
         _collect(folder, rows)
     _conclude(folder, protocol, rows, str(config.evidence.metric))
 
@@ -127,10 +130,11 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
         ValueError: if a row was made with other options than the task has now.
     """
     rows = []
+    known = cache(lambda task, rule: task_options(config, task, rule))
     for task in protocol.tasks:
         for path in sorted((folder / task / "rows").glob("*.json")):
             stored = read_json(path, "stage=evidence")
-            options = task_options(config, task, str(stored["row"]["rule"]))
+            options = known(task, str(stored["row"]["rule"]))
             if changed := sorted(differences(stored["config"], options)):
                 raise ValueError(
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
@@ -142,8 +146,6 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
 
 
 def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> Row:
-    if point.rule in protocol.rules:
-        _measured(config, folder, point.task, cost, protocol)
     run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
     if run.embedder.aligned:
         align.run(run)
@@ -170,17 +172,15 @@ def _is_donor(protocol: Protocol, point: Point) -> bool:
     return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate, default=0), 0)
 
 
-def _measured(config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol) -> None:
+def _measured(config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol, rows: Sequence[Row]) -> None:
     """What the rules read, once a task: the update that the largest uniform rank learned, and gaps and spectra with the
     predictor of the frozen body's first run (through a random predictor gradients see noise).
 
     Rows may have come without their fine-tunes, as those of the repository do: the two are then run again.
     """
-    rows = [row for row in read_rows(config, folder, protocol) if (row.part, row.task, row.seed) == ("gate", task, 0)]
-    frozen, donor = (
-        next(row.point for row in rows if (row.rule, row.rank) == wanted)
-        for wanted in ((FROZEN, 0), (UNIFORM, max(protocol.gate)))
-    )
+    gate = [row.point for row in rows if (row.part, row.task, row.seed) == ("gate", task, 0)]
+    frozen = next(point for point in gate if point.rule == FROZEN)
+    donor = next(point for point in gate if _is_donor(protocol, point))
     for point, result in ((frozen, "metrics.json"), (donor, "update.safetensors")):
         if not (folder / task / "finetune" / point.name / result).exists():
             finetune.run(configured(config, folder, point, cost, keep_update=point == donor))
@@ -238,8 +238,7 @@ def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str
     for task in protocol.tasks:
         path = folder / task / "measure" / "layers.json"
         if path.exists():
-            layers = [Layer.from_dict(record) for record in read_json(path, "stage=evidence")["layers"]]
-            gaps[task] = median(layer.gap[metric].value for layer in layers)
+            gaps[task] = median(layer.gap[metric].value for layer in read_layers(path))
     found = list(claims(protocol, rows, gaps))
     answers = []
     for task in protocol.tasks:

@@ -31,7 +31,7 @@ from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import Gap, Layer
 from orca_rank.options import whole
 from orca_rank.stages.layer_table import gap_table, nulls
-from orca_rank.stages.planning import make_plan, read_layers
+from orca_rank.stages.planning import gap_options, make_plan, read_layers
 from orca_rank.stages.setup import (
     aligned_embedder,
     bare_layers,
@@ -58,7 +58,7 @@ def check_options(config: DictConfig) -> GapOptions:
     """
     check_model(config)
     whole("align.clusters", config.align.clusters)
-    options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
+    options = gap_options(config.gap)
     for node in (config.data, config.source, *config.measure.compare.values()):
         build(node)
     make_plan(config, [placeholder(options, layer) for layer in bare_layers(config)[1]])

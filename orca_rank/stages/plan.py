@@ -16,10 +16,9 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.measuring.layers import placeholder
-from orca_rank.measuring.options import GapOptions
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_table import plan_tables
-from orca_rank.stages.planning import budget_of, layers_of, make_plan
+from orca_rank.stages.planning import budget_of, gap_options, layers_of, make_plan
 from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
 from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
 
@@ -37,7 +36,7 @@ def check_options(config: DictConfig) -> None:
     body, bare = bare_layers(config)
     if config.adapter.method != "inject":
         return
-    options = GapOptions.from_dict(plain(config.gap), {name: build(node) for name, node in config.gap.metrics.items()})
+    options = gap_options(config.gap)
     layers = [placeholder(options, layer) for layer in bare]
     plan = make_plan(config, layers)
     adapter = plain(config.adapter)

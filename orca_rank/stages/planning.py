@@ -14,6 +14,7 @@ from orca_rank.artifacts.files import file_hash, read_record
 from orca_rank.artifacts.provenance import plain
 from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
+from orca_rank.measuring.options import GapOptions
 from orca_rank.ranks import Budget, Layer, RankPlan, averaged
 from orca_rank.stages.setup import stage_folder
 
@@ -71,6 +72,15 @@ def _within(budget: Budget, layers: Sequence[Layer]) -> None:
             f"budget.{name}={getattr(budget, name):g}: expected a number of at most {most:g}, the full rank of all "
             f"{len(layers)} layers; adapter=full trains them whole"
         )
+
+
+def gap_options(node: DictConfig) -> GapOptions:
+    """What config.gap asks to be measured, its metrics built.
+
+    Raises:
+        ValueError: for a value that means nothing.
+    """
+    return GapOptions.from_dict(plain(node), {name: build(metric) for name, metric in node.metrics.items()})
 
 
 def budget_of(node: DictConfig) -> Budget | None:
