@@ -12,6 +12,7 @@ import pytest
 from omegaconf import DictConfig
 from shared import TINY_SWIN
 
+from orca_rank.artifacts.files import write_json
 from orca_rank.stages import evidence
 
 TINY = (
@@ -51,6 +52,80 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fine-tunes that take no time: errors fall with the rank, by more than seeds differ, and a shuffled plan is 5 %
+    worse than a uniform one. The list grows by the name of each that runs."""
+    ran: list[str] = []
+
+    def finetune(config: DictConfig) -> None:
+        name = str(config.finetune.tag)
+        _, rule, rank, seed = name.split("-")[:4]
+        r, s = int(rank[1:]), int(seed[1:]) % 1000
+        error = (
+            (0.10 - 0.01 * r) * (1.05 if rule == "shuffled" else 1.0) * (1 + 0.001 * s + 0.0003 * (s * len(rule) % 3))
+        )
+        if "update" in config.rank:
+            assert Path(config.rank["update"]).exists()
+        folder = Path(config.paths.runs) / config.run / "finetune" / name
+        payload = {"metric": "error", "val/error": error, "test/error": error, "seconds": 1.0}
+        write_json(folder / "metrics.json", {**payload, "trainable_parameters": {"total": 100 * r}}, config={})
+        if config.finetune.keep_update:
+            (folder / "update.safetensors").touch()
+        ran.append(name)
+
+    def measured(config: DictConfig) -> None:
+        assert Path(config.measure.fitted).name.startswith("gate-frozen-r0-s0")
+        record = {"name": "blocks.0", "d_in": 8, "d_out": 8, "gap": {"mmd": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+        write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": [record]})
+
+    monkeypatch.setattr("orca_rank.stages.finetune.run", finetune)
+    monkeypatch.setattr("orca_rank.stages.measure.run", measured)
+    return ran
+
+
+def test_the_stage_asks_for_every_point_once_and_says_what_they_support(
+    composed: Callable[..., DictConfig], made_up: list[str]
+) -> None:
+    first = composed(*TINY, "evidence.most_points=5", "evidence.seeds=3")
+    folder = Path(first.paths.runs) / first.run / "evidence"
+    evidence.run(first)
+    assert len(rows(folder)) == len(made_up) == 5
+    config = composed(*TINY, "evidence.seeds=3")
+    evidence.run(config)
+    # rates of the frozen body, two ranks and full; a curve of 4 × 2; uniform, two permutations and trained × 3 seeds
+    assert len(rows(folder)) == len(made_up) == len(set(made_up)) == 4 * 2 + 4 * 2 + 4 * 3
+    evidence.run(config)
+    assert len(made_up) == 28
+    for name in ("finetune", "measure"):  # rows without their fine-tunes: what the rules read is made again
+        shutil.rmtree(folder / "digits" / name)
+    lost = next((folder / "digits" / "rows").glob("rules-trained-*-s1-*"))
+    lost.unlink()
+    evidence.run(config)
+    assert len(made_up) == 28 + 3 and made_up[-1] == lost.stem
+    claims = {claim["claim"]: claim for claim in json.loads((folder / "claims.json").read_text())["claims"]}
+    (worse,) = (claim for name, claim in claims.items() if name.startswith("shuffled beats uniform"))
+    assert worse["verdict"] == "refuted" and worse["low"] < 5 < worse["high"]
+    assert "shuffled beats uniform" in (folder / "README.md").read_text() and (folder / "rank_curve.png").exists()
+    with pytest.raises(ValueError, match=r"other options.*epochs"):
+        evidence.run(composed(*TINY, "evidence.seeds=3", "finetune.epochs=2"))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"schema": 1, "config": {}}', '{"schema": 1, "row": 3}', '{"schema": 1, "row": {}}']
+)
+def test_a_damaged_row_is_named_with_what_mends_it(
+    composed: Callable[..., DictConfig], made_up: list[str], content: str
+) -> None:
+    config = composed(*TINY, "evidence.most_points=1")
+    evidence.run(config)
+    (row,) = (Path(config.paths.runs) / config.run / "evidence" / "digits" / "rows").glob("*.json")
+    row.write_text(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*{row.name} .*remove it"):
+        evidence.run(config)
+
+
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
     composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +166,7 @@ def test_a_scale_that_follows_the_rank_is_refused(composed: Callable[..., DictCo
         evidence.run(composed(*TINY, "adapter.module.scaling=lora"))
 
 
+@pytest.mark.slow
 def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictConfig]) -> None:
     arms = (
         "+adapter@evidence.arms.lora.adapter=lora",

@@ -34,7 +34,7 @@ def read_evidence(folder: Path, made_by: str) -> tuple[list[Claim], list[Row], l
         claims = [Claim(**claim) for claim in payload["claims"]]
         with open(folder / "evidence.csv", newline="") as stream:
             rows = [Row.from_dict(row) for row in csv.DictReader(stream)]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds damaged evidence ({error}): run `{command(made_by)}`") from error
     return claims, rows, [str(answer) for answer in payload.get("recommended", ())]
 

@@ -134,14 +134,15 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]
     for task in protocol.tasks:
         for path in sorted((folder / task / "rows").glob("*.json")):
             stored = read_json(path, "stage=evidence")
-            options = known(task, str(stored["row"]["rule"]))
-            if changed := sorted(differences(stored["config"], options)):
+            with reading(path, "remove it, and the same command makes it again"):
+                row = Row.from_dict({name: str(value) for name, value in stored["row"].items()})
+                made_with = dict(stored["config"])
+            if changed := sorted(differences(made_with, known(task, row.rule))):
                 raise ValueError(
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
                     f"remove {folder / task}"
                 )
-            with reading(path, "remove it, and the same command makes it again"):
-                rows.append(Row.from_dict({name: str(value) for name, value in stored["row"].items()}))
+            rows.append(row)
     return rows
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orca_rank.artifacts.damaged import DamagedFile, reading
-from orca_rank.artifacts.files import atomic, file_hash, read_json, write_csv, write_json
+from orca_rank.artifacts.files import atomic, file_hash, read_record, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain
 from orca_rank.build import targets
@@ -128,7 +128,7 @@ def _from_data(config: DictConfig, path: Path, tune: Tune) -> tuple[Gallery | No
     sampled = {name: value for name, value in node.items() if name not in ("seed", "batch_size")}
     known = Path(config.paths.cache) / "baselines" / f"{key(sampled)}.json"
     gallery = None if config.force else _kept_gallery(kept, state)
-    baselines = None if config.force or not known.exists() else read_json(known, "stage=report")["relative_l2"]
+    baselines = None if config.force or not known.exists() else read_record(known, "stage=report", lambda payload: dict(payload["relative_l2"]))
     if gallery is not None and baselines is not None:
         return gallery, baselines
     try:
