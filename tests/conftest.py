@@ -10,8 +10,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
+# What a module of the package imports while the type-checking import hook runs it is compiled anew in every process
+# (the hook's cache of bytecode is another): packages that take seconds are imported before.
+import lightning.pytorch  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import pytest
+import scipy.stats  # noqa: F401
+import sklearn.cluster  # noqa: F401
+import timm  # noqa: F401
 import torch
+import wandb  # noqa: F401
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
