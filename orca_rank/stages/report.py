@@ -128,7 +128,9 @@ def _from_data(config: DictConfig, path: Path, tune: Tune) -> tuple[Gallery | No
     sampled = {name: value for name, value in node.items() if name not in ("seed", "batch_size")}
     known = Path(config.paths.cache) / "baselines" / f"{key(sampled)}.json"
     gallery = None if config.force else _kept_gallery(kept, state)
-    baselines = None if config.force or not known.exists() else read_record(known, "stage=report", lambda payload: dict(payload["relative_l2"]))
+    baselines = None
+    if known.exists() and not config.force:
+        baselines = read_record(known, "stage=report", lambda payload: dict(payload["relative_l2"]))
     if gallery is not None and baselines is not None:
         return gallery, baselines
     try:
