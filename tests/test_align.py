@@ -72,7 +72,7 @@ def test_none_keeps_the_initial_embedder(composed: Compose) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", ["orca", "batch"])
+@pytest.mark.parametrize("schedule", ["orca", pytest.param("batch", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_the_same(
     composed: Compose, schedule: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -73,7 +73,9 @@ def with_stage(folder: Path, do: str) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["stage=finetune", "data=cifar100", "paths.data=nowhere"], "CIFAR-100 is missing"),
+        pytest.param(
+            ["stage=finetune", "data=cifar100", "paths.data=nowhere"], "CIFAR-100 is missing", marks=pytest.mark.slow
+        ),
         (["threads=abc"], "threads must be null or a whole number of at least 1, received 'abc'"),
         (["stage=plan", "run=../../x"], "run must be a name, or a path below paths.runs, received '../../x'"),
     ],

@@ -103,8 +103,12 @@ def test_done_is_done_until_forced(composed: Callable[..., DictConfig], capsys: 
     ("adapter", "options"),
     [
         ("lora", ["adapter.module.dropout=0.2"]),
-        ("dylora", ["adapter.module.dropout=0.2"]),
-        ("adalora", ["layers.qkv=fused", "adapter.module.target_r=1", "adapter.module.deltaT=1"]),
+        pytest.param("dylora", ["adapter.module.dropout=0.2"], marks=pytest.mark.slow),
+        pytest.param(
+            "adalora",
+            ["layers.qkv=fused", "adapter.module.target_r=1", "adapter.module.deltaT=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_result(
@@ -228,6 +232,7 @@ def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], ad
     load(folder(config).parents[1])
 
 
+@pytest.mark.slow
 def test_each_part_learns_at_its_own_rate(composed: Callable[..., DictConfig]) -> None:
     """A rate that moves nothing leaves a part where it was."""
     rates = {

@@ -85,6 +85,7 @@ def test_gaps_are_written_and_a_plan_follows(measured, planned, capsys):
     assert found["agreement"]["depth"]["depth"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing(measured, planned, capsys):
     folder = measured("rank=proportional")
     stamp = (folder / "layers.json").stat().st_mtime_ns

@@ -36,7 +36,10 @@ def planned(config: DictConfig) -> dict:
     return json.loads((Path(config.paths.runs) / config.run / "plan" / "plan.json").read_text())
 
 
-@pytest.mark.parametrize("experiment", CASES)
+@pytest.mark.parametrize(
+    "experiment",
+    ["darcy_table4", "cifar100_table1", *(pytest.param(f"darcy_table{n}", marks=pytest.mark.slow) for n in (2, 3))],
+)
 def test_counts_of_the_slides(composed: Callable[..., DictConfig], experiment: str) -> None:
     config = composed(f"experiment={experiment}", "backbone.pretrained=false", "stage=plan")
     for r, total in CASES[experiment].items():

@@ -291,7 +291,7 @@ gaps = st.lists(st.floats(-1, 100, allow_nan=False), min_size=1, max_size=8)
 widths = st.lists(st.integers(1, 90), min_size=1, max_size=8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(gaps, widths, st.integers(0, 4000), st.integers(0, 2), st.sampled_from([None, 3, 17]), st.booleans())
 def test_budgets_are_kept_and_used(values, sizes, amount, r_min, r_max, in_parameters):
     layers = layers_of(values, sizes)
@@ -315,7 +315,7 @@ def test_budgets_are_kept_and_used(values, sizes, amount, r_min, r_max, in_param
 FINE = st.integers(0, 10_000_000).map(lambda n: n / 1_000_000)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(FINE, min_size=2, max_size=8), FINE, st.integers(0, 120))
 def test_more_gap_never_means_less_rank(values, more, amount):
     budget = Budget(total_rank=amount)

@@ -159,7 +159,7 @@ def test_checkpoints_hold_tensors_and_plain_values_alone(composed: Compose, dies
     assert found["epoch"] == 0
 
 
-@pytest.mark.parametrize("patience", ["null", "1"])
+@pytest.mark.parametrize("patience", [pytest.param("null", marks=pytest.mark.slow), "1"])
 def test_killed_before_the_result_is_written_it_is_not_trained_on(
     composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None], patience: str
 ) -> None:
@@ -172,6 +172,7 @@ def test_killed_before_the_result_is_written_it_is_not_trained_on(
     assert same(broken, whole)
 
 
+@pytest.mark.slow
 def test_a_moved_folder_goes_on_from_its_own_files(
     composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None]
 ) -> None:
@@ -186,7 +187,9 @@ def test_a_moved_folder_goes_on_from_its_own_files(
     assert {path.name for path in folder(original).iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", *(pytest.param(one, marks=pytest.mark.slow) for one in ("empty", "gone"))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     composed: Compose,
     uninterrupted: Callable[..., Results],
@@ -238,6 +241,7 @@ def test_a_result_of_other_inputs_is_made_anew(composed: Compose) -> None:
     assert not torch.equal(results(config)[0]["embedder.proj.weight"], first[0]["embedder.proj.weight"])
 
 
+@pytest.mark.slow
 def test_force_starts_again_once_and_is_then_gone_on_with(
     composed: Compose, dies: Callable[..., None], capsys: pytest.CaptureFixture
 ) -> None:
