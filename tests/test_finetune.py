@@ -52,7 +52,7 @@ def test_a_plan_that_adapts_no_layer_is_refused(composed: Callable[..., DictConf
 ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
 OFTEN = ("lora", "dylora", "full", "linear_probe", "norm_only")
 # What these take from stage=measure is tested below.
-MEASURED = ("dylora_ibp", "gated_ibp", "lora_directions")
+MEASURED = ("dylora_ibp", "matryoshka_ibp", "gated_ibp", "lora_directions")
 
 
 @pytest.mark.parametrize(

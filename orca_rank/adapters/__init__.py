@@ -17,6 +17,7 @@ from orca_rank.adapters.inject import (
 )
 from orca_rank.adapters.linear import AdaptedLinear, adapted, adapters
 from orca_rank.adapters.lora import LoRA, NotExpressible
+from orca_rank.adapters.matryoshka import MatryoshkaLoRA
 from orca_rank.adapters.mixers import FLoRA, MoSLoRA, TwoSubspaces
 from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
@@ -35,6 +36,7 @@ __all__ = [
     "FLoRA",
     "GatedLoRA",
     "LoRA",
+    "MatryoshkaLoRA",
     "MoSLoRA",
     "NotExpressible",
     "PeftAdapter",

@@ -150,7 +150,11 @@ class LoRA(nn.Module):
     @property
     def scale(self) -> float:
         """s as it is now: of the rank in use."""
-        return scale_of(self.alpha, self.active, self.scaling)
+        return self.scale_at(self.active)
+
+    def scale_at(self, rank: int) -> float:
+        """s of another rank."""
+        return scale_of(self.alpha, rank, self.scaling)
 
     def factors(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
         """(A, sB) of this step: the trained part of ΔW is their product, and gradients flow through it."""

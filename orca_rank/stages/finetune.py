@@ -59,6 +59,8 @@ RESULTS = (
     "update.safetensors",
     "adapter",
     "rank_losses.safetensors",
+    "rank_curve.csv",
+    "rank_curve.png",
     "log",
 )
 

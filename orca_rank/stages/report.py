@@ -25,6 +25,7 @@ from orca_rank.report import sections
 from orca_rank.report.canvas import words
 from orca_rank.report.figures import Gallery
 from orca_rank.report.page import Page, cell
+from orca_rank.report.rank_curve import nested_curves
 from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_run, read_tunes
 from orca_rank.report.tables import means, summary
@@ -76,6 +77,7 @@ def _report(config: DictConfig, path: Path) -> None:
     sections.ranks(page, found)
     sections.parameters(page, found)
     finetunes(page, found.tunes, baselines)
+    nested_curves(page, found.tunes)
     if best is not None and gallery is not None:
         predictions(page, best.tag, gallery)
     _evidence(page, found)

@@ -1,0 +1,60 @@
+"""stage=rank_curve: every rank of one nested fine-tune is the fine-tune cut to it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from shared import TINY_SWIN
+
+from orca_rank import load
+from orca_rank.adapters import adapters, cut
+from orca_rank.build import build
+from orca_rank.stages import finetune, rank_curve, report
+
+TINY = (
+    "data=digits",
+    "data.train_limit=60",
+    "data.test_limit=40",
+    "data.batch_size=16",
+    "predictor=linear",
+    *TINY_SWIN,
+    r"layers.target='(attn\.qkv|mlp\.fc1)$'",
+    "embedder.aligned=false",
+    "finetune.epochs=1",
+    "finetune.warmup_epochs=0",
+    "finetune.optimizer.lr=0.01",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+)
+
+
+def test_a_row_is_the_model_cut_to_its_rank(composed: Callable[..., DictConfig]) -> None:
+    config = composed(*TINY, "rank=uniform", "rank.r=3", "adapter=matryoshka", "finetune.tag=nested")
+    finetune.run(config)
+    finetune.run(composed(*TINY, "rank=uniform", "rank.r=2", "finetune.tag=alone"))
+    with pytest.raises(ValueError, match="adapter=matryoshka or adapter=dylora"):
+        rank_curve.run(composed(*TINY, "finetune.tag=alone"))
+    rank_curve.run(config)
+    run = Path(config.paths.runs) / config.run
+    with open(run / "finetune/nested/rank_curve.csv", newline="") as stream:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    data = build(config.data)
+    for row in rows:
+        fitted = load(run, tag="nested")
+        cut(fitted.model.body, dict.fromkeys(adapters(fitted.model.body), int(row["rank"])))
+        kept = sum(p.numel() for adapter in adapters(fitted.model.body).values() for p in adapter.parameters())
+        assert row["parameters"] == kept
+        for part in ("val", "test"):
+            with torch.inference_mode():
+                wrong = [fitted.task.metric(fitted.model(x), y) for x, y in data.loader(part)]
+            assert row[part] == pytest.approx(float(torch.cat(wrong).mean()), abs=1e-6)
+    report.run(config)
+    page = (run / "report.html").read_text()
+    assert "Every rank of one adapter" in page and "nested: rank" in page
+    assert (run / "finetune/nested/rank_curve.png").read_bytes().startswith(b"\x89PNG")
