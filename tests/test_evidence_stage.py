@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from shared import TINY_SWIN
 
 from orca_rank.artifacts.files import write_json
+from orca_rank.artifacts.lock import locked
 from orca_rank.stages import evidence
 
 TINY = (
@@ -109,6 +110,29 @@ def test_the_stage_asks_for_every_point_once_and_says_what_they_support(
     assert "shuffled beats uniform" in (folder / "README.md").read_text() and (folder / "rank_curve.png").exists()
     with pytest.raises(ValueError, match=r"other options.*epochs"):
         evidence.run(composed(*TINY, "evidence.seeds=3", "finetune.epochs=2"))
+
+
+def test_processes_share_the_points(
+    composed: Callable[..., DictConfig], made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A point that another process is at is left to it, and waited for once nothing else can run."""
+    config = composed(*TINY, "~evidence.rules.shuffled", "~evidence.rules.trained", "evidence.permuted=[]")
+    folder = Path(config.paths.runs) / config.run / "evidence"
+    name = "rates-frozen-r0-s1000-p0-lr0.001-0.001"
+    other = locked(folder / ".working" / "digits" / name)
+    other.__enter__()
+    waited: list[float] = []
+
+    def pause(seconds: float) -> None:
+        waited.append(seconds)
+        assert made_up == ["rates-frozen-r0-s1000-p0-lr0.01-0.01"]
+        other.__exit__(None, None, None)  # without its result: it died
+
+    monkeypatch.setattr("orca_rank.stages.evidence.time.sleep", pause)
+    evidence.run(config)
+    assert waited == [evidence.PAUSE]
+    assert made_up[1] == name and len(rows(folder)) == len(made_up) == len(set(made_up))
+    assert not (folder / ".working").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -18,19 +19,11 @@ from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences
+from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import half_width
 from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
 from orca_rank.evidence.protocol import Protocol, most, pending, rank_matters
-from orca_rank.evidence.verdicts import (
-    MARGIN,
-    Claim,
-    gap_against_shuffled,
-    parameters_at_equal_error,
-    rank_grows_with_gap,
-    ranks_matter,
-    recommended,
-    rules_against_uniform,
-)
+from orca_rank.evidence.verdicts import MARGIN, recommended
 from orca_rank.report.canvas import png
 from orca_rank.report.claims import curve_figure, markdown, rank_curves
 from orca_rank.stages import align, finetune, measure
@@ -39,6 +32,7 @@ from orca_rank.stages.planning import read_layers
 from orca_rank.stages.setup import stage_folder
 
 console = Console(highlight=False)
+PAUSE = 5.0  # seconds between looks at what other processes have ended
 SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of this size, before this one has its own
 
 
@@ -47,11 +41,10 @@ def run(config: DictConfig) -> None:
     rank_curve.png.
 
     Every point is a fine-tune in evidence/<task>/finetune/; one that is there is not run again, so that the same
-    command goes on where it stopped.
+    command goes on where it stopped. Several processes share the points of one folder, each taking what no other is at.
 
     Raises:
         ValueError: an option out of range, adapters whose scale depends on their rank, or rows of other options.
-            BlockingIOError: another process is at work in the folder.
     """
     protocol = protocol_of(config.evidence)
     if config.adapter.module.get("scaling") != "constant":
@@ -62,29 +55,59 @@ def run(config: DictConfig) -> None:
         )
     folder = stage_folder(config, "evidence")
     _announce(protocol)
-    with locked(folder):
-        _run(config, folder, protocol)
-
-
-def _run(config: DictConfig, folder: Path, protocol: Protocol) -> None:
-    costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
-    rows = read_rows(config, folder, protocol)
-    if rows:
+    known: dict[Path, Row] = {}
+    _run(config, folder, protocol, known)
+    with locked(folder, wait=True):
+        rows = read_rows(config, folder, protocol, known)
         _collect(folder, rows)
-    started, begun = time.monotonic(), len(rows)
-    while points := pending(protocol, rows):
+        _conclude(folder, protocol, rows, str(config.evidence.metric))
+
+
+def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> None:
+    costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
+    started, begun, own = time.monotonic(), len(read_rows(config, folder, protocol, known)), 0
+    while points := pending(protocol, rows := read_rows(config, folder, protocol, known)):
+        if config.evidence.most_points is not None and own >= config.evidence.most_points:
+            console.print(f"stopped after {own} fine-tunes (evidence.most_points={own}); {len(points)} can run now")
+            return
         done = len(rows) - begun
-        if config.evidence.most_points is not None and done >= config.evidence.most_points:
-            console.print(f"stopped after {done} fine-tunes (evidence.most_points={done}); {len(points)} can run now")
-            break
         left = max(most(protocol) - len(rows), len(points)) * (time.monotonic() - started) / max(done, 1)
         time_left = f", at most {left / 3600:.1f} h left" if done else ""
-        console.print(f"{len(rows)} done{time_left}: {points[0].task} {points[0].name}", soft_wrap=True)
-        if points[0].rule in protocol.rules:
-            _measured(config, folder, points[0].task, costs[points[0].task], protocol, rows)
-        rows.append(_run_point(config, folder, points[0], costs[points[0].task], protocol))
-        _collect(folder, rows)
-    _conclude(folder, protocol, rows, str(config.evidence.metric))
+        with _claimed(folder, points) as point:
+            if point is None:
+                time.sleep(PAUSE)
+            elif not _row_of(folder, point).exists():  # or another process has ended it since the rows were read
+                console.print(f"{len(rows)} done{time_left}: {point.task} {point.name}", soft_wrap=True)
+                if point.rule in protocol.rules:
+                    with locked(_at_work(folder, point.task, "measure"), wait=True):
+                        _measured(config, folder, point.task, costs[point.task], protocol, rows)
+                _run_point(config, folder, point, costs[point.task], protocol)
+                own += 1
+                with locked(folder, wait=True):
+                    _collect(folder, read_rows(config, folder, protocol, known))
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, points: Sequence[Point]) -> Iterator[Point | None]:
+    """The first point that no other process is at, held while the block runs; None where there is none."""
+    with contextlib.ExitStack() as held:
+        for point in points:
+            try:
+                held.enter_context(locked(_at_work(folder, point.task, point.name)))
+            except BlockingIOError:
+                continue
+            yield point
+            return
+        yield None
+
+
+def _at_work(folder: Path, task: str, name: str) -> Path:
+    """A folder that whoever makes something of a task holds meanwhile."""
+    return folder / ".working" / task / name
+
+
+def _row_of(folder: Path, point: Point) -> Path:
+    return folder / point.task / "rows" / f"{point.name}.json"
 
 
 def protocol_of(given: DictConfig) -> Protocol:
@@ -123,30 +146,34 @@ def _arms(given: DictConfig) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: name != given.baseline))
 
 
-def read_rows(config: DictConfig, folder: Path, protocol: Protocol) -> list[Row]:
+def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> list[Row]:
     """The rows of the points that are done.
+
+    Args:
+        known: those that were read before, by file; what is new is added.
 
     Raises:
         ValueError: if a row was made with other options than the task has now.
     """
-    rows = []
-    known = cache(lambda task, rule: task_options(config, task, rule))
+    options = cache(lambda task, rule: task_options(config, task, rule))
     for task in protocol.tasks:
         for path in sorted((folder / task / "rows").glob("*.json")):
+            if path in known:
+                continue
             stored = read_json(path, "stage=evidence")
             with reading(path, "remove it, and the same command makes it again"):
                 row = Row.from_dict({name: str(value) for name, value in stored["row"].items()})
                 made_with = dict(stored["config"])
-            if changed := sorted(differences(made_with, known(task, row.rule))):
+            if changed := sorted(differences(made_with, options(task, row.rule))):
                 raise ValueError(
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
                     f"remove {folder / task}"
                 )
-            rows.append(row)
-    return rows
+            known[path] = row
+    return list(known.values())
 
 
-def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> Row:
+def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> None:
     run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
     if run.embedder.aligned:
         align.run(run)
@@ -160,12 +187,8 @@ def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protoc
         parameters=int(metrics["trainable_parameters"]["total"]),
         seconds=float(metrics["seconds"]),
     )
-    write_json(
-        folder / point.task / "rows" / f"{point.name}.json",
-        {"row": row.to_dict()},
-        config=task_options(config, point.task, point.rule),
-    )
-    return row
+    options = task_options(config, point.task, point.rule)
+    write_json(_row_of(folder, point), {"row": row.to_dict()}, config=options)
 
 
 def _is_donor(protocol: Protocol, point: Point) -> bool:
@@ -204,34 +227,6 @@ def _announce(protocol: Protocol) -> None:
         f"{most(protocol)} fine-tunes; on one task a difference will be known to {widths} if seeds spread by "
         f"{SPREAD} % (equivalence is asked within ±{MARGIN:g} %)"
     )
-
-
-def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> Iterator[Claim]:
-    """Every verdict that the rows allow, tasks together before tasks apart.
-
-    Args:
-        gaps: task -> median calibrated gap over its layers.
-    """
-    yield from ranks_matter(protocol, rows)
-    compared = [task for task in protocol.tasks if any(row.part == "rules" and row.task == task for row in rows)]
-    groups = [compared] if len(compared) > 1 else []
-    groups += [[task] for task in compared]
-    for rank in protocol.budgets:
-        for tasks in groups:
-            for control in protocol.permuted:
-                yield from gap_against_shuffled(rows, tasks, rank, control=control)
-            yield from rules_against_uniform(rows, tasks, rank)
-        for rule in protocol.rules:
-            yield from parameters_at_equal_error(protocol, rows, compared, rank, rule)
-    if protocol.own_rates is not None:
-        for tasks in groups:
-            yield from rules_against_uniform(rows, tasks, protocol.own_rates, "own_rates")
-    if protocol.arms:
-        first, rank = protocol.arms[0], protocol.arms_rank
-        tried = [task for task in protocol.tasks if any(row.part == "arms" and row.task == task for row in rows)]
-        for tasks in ([tried] if len(tried) > 1 else []) + [[task] for task in tried]:
-            yield from rules_against_uniform(rows, tasks, rank, "arms", first)
-    yield from rank_grows_with_gap(protocol, rows, gaps)
 
 
 def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:

@@ -1,0 +1,44 @@
+"""Every claim that an evidence run can decide, from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from orca_rank.evidence.points import Row
+from orca_rank.evidence.protocol import Protocol
+from orca_rank.evidence.verdicts import (
+    Claim,
+    gap_against_shuffled,
+    parameters_at_equal_error,
+    rank_grows_with_gap,
+    ranks_matter,
+    rules_against_uniform,
+)
+
+
+def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> Iterator[Claim]:
+    """Every verdict that the rows allow, tasks together before tasks apart.
+
+    Args:
+        gaps: task -> median calibrated gap over its layers.
+    """
+    yield from ranks_matter(protocol, rows)
+    compared = [task for task in protocol.tasks if any(row.part == "rules" and row.task == task for row in rows)]
+    groups = [compared] if len(compared) > 1 else []
+    groups += [[task] for task in compared]
+    for rank in protocol.budgets:
+        for tasks in groups:
+            for control in protocol.permuted:
+                yield from gap_against_shuffled(rows, tasks, rank, control=control)
+            yield from rules_against_uniform(rows, tasks, rank)
+        for rule in protocol.rules:
+            yield from parameters_at_equal_error(protocol, rows, compared, rank, rule)
+    if protocol.own_rates is not None:
+        for tasks in groups:
+            yield from rules_against_uniform(rows, tasks, protocol.own_rates, "own_rates")
+    if protocol.arms:
+        first, rank = protocol.arms[0], protocol.arms_rank
+        tried = [task for task in protocol.tasks if any(row.part == "arms" and row.task == task for row in rows)]
+        for tasks in ([tried] if len(tried) > 1 else []) + [[task] for task in tried]:
+            yield from rules_against_uniform(rows, tasks, rank, "arms", first)
+    yield from rank_grows_with_gap(protocol, rows, gaps)
