@@ -284,6 +284,14 @@ def test_the_recommendation_is_the_smallest_rank_that_does() -> None:
 ARMS = Protocol(tasks=("far",), rules=(), budgets=(), gate=(), seeds=6, arms=("lora", "dora"), arms_rank=2)
 
 
+def test_a_rank_curve_alone_needs_no_budget() -> None:
+    protocol = replace(ARMS, arms=(), gate=(1, 4), gate_seeds=2)
+    rows: list[Row] = []
+    while points := pending(protocol, rows):
+        rows.append(answer(points[0], 0.1 if points[0].rank == 1 else 0.05))
+    assert {row.part for row in rows} == {"rates", "gate"} and rank_matters(protocol, rows, "far").matters
+
+
 def test_arms_are_tuned_and_then_run_seed_by_seed() -> None:
     rows: list[Row] = []
     while points := pending(ARMS, rows):

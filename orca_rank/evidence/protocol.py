@@ -20,7 +20,8 @@ class Protocol:
 
     Args:
         tasks: names, near to far. rules: names of rank rules; "uniform" is always run.
-        budgets: uniform ranks at which rules are compared. gate: ranks of the rank curve, beside frozen and full.
+        budgets: uniform ranks at which rules are compared; none: the rank curve alone.
+        gate: ranks of the rank curve, beside frozen and full.
         seeds: of a comparison; many: names of rules -> more seeds; gate_seeds: of the rank curve.
         permutations: of every rule named in `permuted`, each a plan of its own.
         rates: the grid, which extends itself where its edge wins.
@@ -58,9 +59,11 @@ class Protocol:
                 raise ValueError(f"evidence.{name} must be an integer of at least {least}, received {value!r}")
         if not self.tasks:
             raise ValueError("evidence.tasks is empty: name at least one task")
+        curve_alone = bool(self.gate) and not self.rules
         for name in ("budgets", "gate"):
             ranks = getattr(self, name)
-            if not (ranks or self.arms) or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
+            needed = not self.arms and not (name == "budgets" and curve_alone)
+            if (needed and not ranks) or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
                 raise ValueError(f"evidence.{name} must be ranks of at least 1, received {list(ranks)}")
         if len(self.arms) == 1:
             raise ValueError(f"evidence.arms compares its first with the others: there is only {self.arms[0]}")

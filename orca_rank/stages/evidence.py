@@ -265,7 +265,7 @@ def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str
             f"{claim.low:+.2f} to {claim.high:+.2f}",
             str(claim.runs),
         )
-    console.print(table)
+    console.print(table if found else "no claim can be decided yet")
     for answer in answers:
         console.print(answer, soft_wrap=True, markup=False)
     console.print(f"written to {folder / 'evidence.csv'} and {folder / 'claims.json'}", soft_wrap=True)
