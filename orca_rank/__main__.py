@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -18,19 +15,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from orca_rank import __version__
-from orca_rank.artifacts.command import remember
-from orca_rank.build import build
-from orca_rank.errors import foreseen
+from orca_rank import __version__, job
+from orca_rank.processes import world
 
 _CHECKOUT = Path(__file__).parents[1] / "conf"
 CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).parent / "conf"
 # Options that say where and how the demo runs; with any other a command starts from the base config.
 DEMO_TOO = ("run=", "seed=", "threads=", "force=", "paths.", "logger=", "logger.", "trainer.", "hydra")
-BUG = (
-    "error: nobody foresaw this one, so it is a bug: in orca_rank, or in code of yours that the config names.\n"
-    "Please report it with the lines above and what `python -m orca_rank stage=doctor` prints."
-)
 
 
 class Stopped(BaseException):
@@ -76,72 +67,23 @@ def _job(config: DictConfig, failed: list[str]) -> None:
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
-    remember(options, [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))])
+    flags = [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))]
     try:
-        check(config)
-        with _imports():
-            stage = build(config.stage)
-            _limit(config.threads)
-        stage(config)
+        job.check(config)
+        job.run(config, options, flags)
     except Exception as error:
         message = _show(error)
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
             sys.exit(1)
         if not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
             raise  # in a process of its own, where nobody reads the list
         failed.append(f"{' '.join(options)}: {message}")
 
 
-def check(config: DictConfig) -> None:
-    """Refuse values of the top-level options that no stage could work with.
-
-    Raises:
-        ValueError: saying which option, what was received and what is expected.
-    """
-    run = Path(str(config.run))
-    if config.run is None or not run.parts or run.is_absolute() or ".." in run.parts:
-        raise ValueError(f"run must be a name, or a path below paths.runs, received {config.run!r}")
-    for name, folder in config.paths.items():
-        if not isinstance(folder, str) or not folder:
-            raise ValueError(f"paths.{name} must be a folder, received {folder!r}")
-    if config.threads is not None and not (type(config.threads) is int and config.threads >= 1):
-        raise ValueError(f"threads must be null or a whole number of at least 1, received {config.threads!r}")
-    if not (type(config.seed) is int and 0 <= config.seed < 2**32):
-        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, received {config.seed!r}")
-    if not isinstance(config.force, bool):
-        raise ValueError(f"force must be true or false, received {config.force!r}")
-
-
-@contextlib.contextmanager
-def _imports() -> Iterator[None]:
-    """No garbage collection while a million objects that stay are made: a seventh less time for importing them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _limit(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(threads)
-        torch.set_num_threads(threads)
-
-
 def _show(error: Exception) -> str:
     """Print an error as its kind deserves; its message in one piece."""
-    message = foreseen(error)
-    if message is None:
-        traceback.print_exception(error)
-        print(f"\n{BUG}", file=sys.stderr)
-        return f"{type(error).__name__}: {error}"
-    if os.environ.get("ORCA_RANK_TRACEBACK"):
-        traceback.print_exception(error)
-    print(f"error: {message}\n(ORCA_RANK_TRACEBACK=1 shows where)", file=sys.stderr)
+    message, text, _ = job.words(error)
+    print(text, file=sys.stderr)
     return message
 
 

@@ -10,8 +10,8 @@ import pytest
 from omegaconf import DictConfig
 from shared import TINY_SWIN
 
-from orca_rank.__main__ import check as check_top
 from orca_rank.build import build
+from orca_rank.job import check as check_top
 from orca_rank.options import flag, number, one_of, read, whole
 from orca_rank.stages import align, finetune, measure, plan, pretrain
 
