@@ -110,9 +110,11 @@ def start(size: int, work: Callable[..., None], arguments: tuple[Any, ...], repo
             sender.close()
             ends.append(receiver)
             processes.append(process)
-        while not all(process.exitcode == 0 for process in processes):
-            wait([process.sentinel for process in processes if process.exitcode is None])
-            if any(process.exitcode not in (None, 0) for process in processes):
+        running = [process.sentinel for process in processes]
+        while running:
+            wait(running)
+            running = [process.sentinel for process in processes if process.exitcode is None]
+            if any(process.exitcode for process in processes):
                 time.sleep(1.0)  # the others notice, and it may have been one of them that was first
                 raise _failure(processes, ends)
     finally:
