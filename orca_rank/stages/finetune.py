@@ -49,6 +49,7 @@ from orca_rank.stages.trainable import (
 from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
 from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
+from orca_rank.training.average import Average
 from orca_rank.training.curve import Curve
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
@@ -165,12 +166,20 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     made_of = {**inputs, "backbone": weights}
     begun = agreed(lambda: begin(folder, made_from, made_of, force=config.force, results=RESULTS))
     monitor = f"val/{task.metric_name}"
-    keep = Keep(folder, monitor, patience=options.patience, tensors=lambda: trained_tensors(model))
+
+    def changed() -> dict[str, Tensor]:
+        return trained_tensors(model)
+
+    average = None if options.ema is None else Average(options.ema, changed)
+    kept = changed if average is None else lambda: average.values
+    keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
+    if options.compile is not None:
+        model.compile(mode=options.compile)
     trainer = trainer_for(
         config.trainer,
         config.logger,
         folder,
-        [Curve(folder / "curve.csv"), keep],
+        [*([] if average is None else [average]), Curve(folder / "curve.csv"), keep],
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
