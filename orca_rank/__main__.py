@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import signal
 import sys
@@ -12,10 +13,12 @@ from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from orca_rank import __version__, job
+from orca_rank.artifacts.lock import WAIT
 from orca_rank.processes import world
 
 _CHECKOUT = Path(__file__).parents[1] / "conf"
@@ -28,6 +31,21 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM: no Exception, so that nothing on the way takes it for an error of its own."""
 
 
+class PointFailed(CompactHydraException):
+    """What a job in a process of its own ends with; Hydra shows it without a traceback.
+
+    Args:
+        message: one sentence. listed: the file in which all failures of the sweep stand.
+    """
+
+    def __init__(self, message: str, listed: str) -> None:
+        super().__init__(message)
+        self.args, self.listed = (message, listed), listed
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status."""
     if "--version" in arguments:
@@ -36,8 +54,14 @@ def main(arguments: Sequence[str]) -> int:
     sys.argv[1:] = with_demo(arguments)
     _listen()
     failed: list[str] = []
+    elsewhere = f".failed-{platform.node()}-{os.getpid()}"  # where jobs in processes of their own list theirs
     try:
-        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed))()
+        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere))()
+    except SystemExit as end:
+        if isinstance(listed := getattr(end.__context__, "listed", None), str):
+            failed += Path(listed).read_text().splitlines()
+            Path(listed).unlink()
+        raise
     except (Stopped, KeyboardInterrupt) as stop:
         number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT
         again = shlex.join(["python", "-m", "orca_rank", *arguments])
@@ -62,12 +86,16 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str]) -> None:
-    """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs."""
+def _job(config: DictConfig, failed: list[str], elsewhere: str) -> None:
+    """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
+    in the sweep's folder where this is a process of its own, whose status says so too."""
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
     flags = [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))]
+    alone = hydra_config.mode != RunMode.MULTIRUN or hydra_config.launcher["_target_"].endswith(".BasicLauncher")
+    if not alone:  # points that share an alignment or a measurement make it once
+        os.environ[WAIT] = "1"
     try:
         job.check(config)
         job.run(config, options, flags)
@@ -75,9 +103,13 @@ def _job(config: DictConfig, failed: list[str]) -> None:
         message = _show(error)
         if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
             sys.exit(1)
-        if not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
-            raise  # in a process of its own, where nobody reads the list
-        failed.append(f"{' '.join(options)}: {message}")
+        line = f"{' '.join(options)}: {message}"
+        if not alone:
+            listed = Path(hydra_config.sweep.dir) / elsewhere
+            with listed.open("a") as stream:
+                stream.write(" ".join(line.split()) + "\n")
+            raise PointFailed(f"not all of the sweep went well: {message}", str(listed)) from None
+        failed.append(line)
 
 
 def _show(error: Exception) -> str:
