@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
+import platform
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from orca_rank import __version__
-from orca_rank.artifacts.command import remember
-from orca_rank.build import build
-from orca_rank.errors import foreseen
+from orca_rank import __version__, job
+from orca_rank.artifacts.lock import WAIT
+from orca_rank.processes import world
 
 _CHECKOUT = Path(__file__).parents[1] / "conf"
 CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).parent / "conf"
 # Options that say where and how the demo runs; with any other a command starts from the base config.
 DEMO_TOO = ("run=", "seed=", "threads=", "force=", "paths.", "logger=", "logger.", "trainer.", "hydra")
-BUG = (
-    "error: nobody foresaw this one, so it is a bug: in orca_rank, or in code of yours that the config names.\n"
-    "Please report it with the lines above and what `python -m orca_rank stage=doctor` prints."
-)
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM: no Exception, so that nothing on the way takes it for an error of its own."""
+
+
+class PointFailed(CompactHydraException):
+    """What a job in a process of its own ends with; Hydra shows it without a traceback.
+
+    Args:
+        message: one sentence. listed: the file in which all failures of the sweep stand.
+    """
+
+    def __init__(self, message: str, listed: str) -> None:
+        super().__init__(message)
+        self.args, self.listed = (message, listed), listed
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,8 +54,14 @@ def main(arguments: Sequence[str]) -> int:
     sys.argv[1:] = with_demo(arguments)
     _listen()
     failed: list[str] = []
+    elsewhere = f".failed-{platform.node()}-{os.getpid()}"  # where jobs in processes of their own list theirs
     try:
-        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed))()
+        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere))()
+    except SystemExit as end:
+        if isinstance(listed := getattr(end.__context__, "listed", None), str):
+            failed += Path(listed).read_text().splitlines()
+            Path(listed).unlink()
+        raise
     except (Stopped, KeyboardInterrupt) as stop:
         number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT
         again = shlex.join(["python", "-m", "orca_rank", *arguments])
@@ -71,77 +86,36 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str]) -> None:
-    """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs."""
+def _job(config: DictConfig, failed: list[str], elsewhere: str) -> None:
+    """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
+    in the sweep's folder where this is a process of its own, whose status says so too."""
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
-    remember(options, [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))])
+    flags = [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))]
+    alone = hydra_config.mode != RunMode.MULTIRUN or hydra_config.launcher["_target_"].endswith(".BasicLauncher")
+    if not alone:  # points that share an alignment or a measurement make it once
+        os.environ[WAIT] = "1"
     try:
-        check(config)
-        with _imports():
-            stage = build(config.stage)
-            _limit(config.threads)
-        stage(config)
+        job.check(config)
+        job.run(config, options, flags)
     except Exception as error:
         message = _show(error)
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
             sys.exit(1)
-        if not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
-            raise  # in a process of its own, where nobody reads the list
-        failed.append(f"{' '.join(options)}: {message}")
-
-
-def check(config: DictConfig) -> None:
-    """Refuse values of the top-level options that no stage could work with.
-
-    Raises:
-        ValueError: saying which option, what was received and what is expected.
-    """
-    run = Path(str(config.run))
-    if config.run is None or not run.parts or run.is_absolute() or ".." in run.parts:
-        raise ValueError(f"run must be a name, or a path below paths.runs, received {config.run!r}")
-    for name, folder in config.paths.items():
-        if not isinstance(folder, str) or not folder:
-            raise ValueError(f"paths.{name} must be a folder, received {folder!r}")
-    if config.threads is not None and not (type(config.threads) is int and config.threads >= 1):
-        raise ValueError(f"threads must be null or a whole number of at least 1, received {config.threads!r}")
-    if not (type(config.seed) is int and 0 <= config.seed < 2**32):
-        raise ValueError(f"seed must be a whole number from 0 to {2**32 - 1}, received {config.seed!r}")
-    if not isinstance(config.force, bool):
-        raise ValueError(f"force must be true or false, received {config.force!r}")
-
-
-@contextlib.contextmanager
-def _imports() -> Iterator[None]:
-    """No garbage collection while a million objects that stay are made: a seventh less time for importing them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _limit(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(threads)
-        torch.set_num_threads(threads)
+        line = f"{' '.join(options)}: {message}"
+        if not alone:
+            listed = Path(hydra_config.sweep.dir) / elsewhere
+            with listed.open("a") as stream:
+                stream.write(" ".join(line.split()) + "\n")
+            raise PointFailed(f"not all of the sweep went well: {message}", str(listed)) from None
+        failed.append(line)
 
 
 def _show(error: Exception) -> str:
     """Print an error as its kind deserves; its message in one piece."""
-    message = foreseen(error)
-    if message is None:
-        traceback.print_exception(error)
-        print(f"\n{BUG}", file=sys.stderr)
-        return f"{type(error).__name__}: {error}"
-    if os.environ.get("ORCA_RANK_TRACEBACK"):
-        traceback.print_exception(error)
-    print(f"error: {message}\n(ORCA_RANK_TRACEBACK=1 shows where)", file=sys.stderr)
+    message, text, _ = job.words(error)
+    print(text, file=sys.stderr)
     return message
 
 

@@ -16,7 +16,8 @@ PACKAGE = Path(orca_rank.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
-    ("errors", "normaliser"),
+    ("errors", "normaliser", "processes"),
+    ("launch",),
     ("build", "artifacts", "options", "task"),
     ("distances", "predictors", "evidence", "weights"),
     ("measuring",),
@@ -26,6 +27,7 @@ FLOORS = (
     ("data", "report"),
     ("fitted", "training"),
     ("stages",),
+    ("job",),
     ("__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

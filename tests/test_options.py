@@ -10,17 +10,18 @@ import pytest
 from omegaconf import DictConfig
 from shared import TINY_SWIN
 
-from orca_rank.__main__ import check as check_top
 from orca_rank.build import build
+from orca_rank.job import check as check_top
 from orca_rank.options import flag, number, one_of, read, whole
 from orca_rank.stages import align, finetune, measure, plan, pretrain
 
 COMMON = [
     ("embedder.train=maybe", "embedder.train=maybe"),
     ("predictor.frozen_on_purpose=maybe", "predictor.frozen_on_purpose=maybe: expected true or false"),
-    ("trainer.devices=2", "trainer.devices=2 .*one process.*trainer.devices=1"),
-    ("trainer.devices=[0,1]", "one process"),
-    ("+trainer.num_nodes=2", "trainer.num_nodes=2.*one process"),
+    ("trainer.devices=2", "trainer.devices=2 .*asks for 2 processes.*this is one of 1.*trainer.devices=1"),
+    ("trainer.devices=[0,1]", "asks for 2 processes"),
+    ("trainer.devices=many", "trainer.devices=many .*expected whole numbers"),
+    ("+trainer.num_nodes=2", "trainer.num_nodes=2 asks for 2 processes"),
     ("trainer.precision=3", "trainer: "),
     ("+trainer.max_epochs=3", r"trainer\.max_epochs.*finetune\.epochs"),
 ]
@@ -33,6 +34,8 @@ FINETUNE = [
     ("finetune.accumulate=-2", "finetune.accumulate=-2"),
     ("finetune.clip=-1", "finetune.clip=-1: expected a number above 0 or null"),
     ("finetune.patience=-1", "finetune.patience=-1"),
+    ("finetune.ema=1", r"finetune.ema=1: expected a number in \(0, 1\)"),
+    ("finetune.compile=fast", "finetune.compile=fast: expected default, reduce-overhead or max-autotune"),
     ("finetune.warmup_epochs=-3", r"finetune.warmup_epochs=-3: expected a number in \[0, "),
     ("finetune.warmup=1.5", r"finetune.warmup=1.5: expected a number in \[0, 1\]"),
     ("finetune.schedule=step", "finetune.schedule=step: expected linear, cosine, constant or wsd"),

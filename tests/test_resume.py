@@ -173,6 +173,17 @@ def test_killed_before_the_result_is_written_it_is_not_trained_on(
 
 
 @pytest.mark.slow
+def test_averaged_weights_are_gone_on_with(
+    composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None]
+) -> None:
+    options = (*TINY, "finetune.ema=0.9", "finetune.optimizer.lr=0.01")
+    broken = composed(*options, "run=broken")
+    dies(broken, 2)
+    finetune.run(broken)
+    assert same(broken, uninterrupted(*options))
+
+
+@pytest.mark.slow
 def test_a_moved_folder_goes_on_from_its_own_files(
     composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import time
@@ -15,6 +16,8 @@ except ImportError:  # not a POSIX system: nothing is locked there
     fcntl = None  # type: ignore[assignment]  # where the module exists it is one
 
 LOCK = ".lock"
+WAIT = "ORCA_RANK_WAIT"
+log = logging.getLogger("orca_rank.lock")
 
 
 @contextlib.contextmanager
@@ -22,7 +25,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder while the block runs; the operating system lets it go when the process dies, however it dies.
 
     Args:
-        folder: made if it is not there. wait: until another process has let it go, instead of the error.
+        folder: made if it is not there. wait: until another process has let it go, instead of the error; also with the
+            environment variable ORCA_RANK_WAIT, which is set for the points of a sweep that run beside each other.
 
     Raises:
         BlockingIOError: another process holds it; says which.
@@ -30,7 +34,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    handle = _hold(path, wait)
+    handle = _hold(path, wait or bool(os.environ.get(WAIT)))
     try:
         yield
     finally:
@@ -46,13 +50,15 @@ def _hold(path: Path, wait: bool) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-            os.close(handle)
-            raise BlockingIOError(
-                f"{path.parent} is being written by {owner}: wait for it or stop it, or add run=<another name>"
-            ) from None
+            said = f"{path.parent} is being written by {owner}"
+            if not wait:
+                os.close(handle)
+                raise BlockingIOError(f"{said}: wait for it or stop it, or add run=<another name>") from None
+            log.warning("%s: waiting for it", said)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:  # a filesystem without locks
             pass
         # The owner before may have removed the very file that was waited for: then it is made anew.

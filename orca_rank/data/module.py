@@ -173,6 +173,9 @@ class Batches(Dataset):
 
     Args:
         x, y: samples and targets, or None. encode: of x; None leaves it. augment: of x before that, by `draws`.
+
+    Attributes:
+        share: the samples of a batch that are given, where several processes share it (`shares.share`).
     """
 
     def __init__(
@@ -180,15 +183,19 @@ class Batches(Dataset):
     ) -> None:
         self.x, self.y, self.encode, self.augment = x, y, encode, augment
         self.draws = torch.Generator()
+        self.share = slice(None)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         index = torch.as_tensor(indices)
-        x = self.x[index]
-        if self.augment is not None:
-            x = self.augment(x, self.draws)
+        own = self.share if range(len(index))[self.share] else slice(1)  # all processes take part in every step
+        if self.augment is None:
+            index = index[own]
+            x = self.x[index]
+        else:
+            x, index = self.augment(self.x[index], self.draws)[own], index[own]
         return x if self.encode is None else self.encode(x), None if self.y is None else self.y[index]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank.artifacts.files import read_tensors, write_json, write_tensors
-from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import create_model, weights_hash
@@ -20,11 +19,13 @@ from orca_rank.build import build
 from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.passes import limited
 from orca_rank.options import read
+from orca_rank.processes import agreed, first, first_alone
 from orca_rank.stages.setup import (
     aligned_embedder,
     bare_layers,
     check,
     contents,
+    held,
     ready,
     resolve_backbone,
     seed_everything,
@@ -79,26 +80,29 @@ def run(config: DictConfig) -> None:
     made_from["contents"] = contents(config, "data", "source", "backbone")
 
     def done() -> bool:
-        return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align")
+        return agreed(lambda: finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=align"))
 
     if not done():
-        with locked(folder):
+        with held(folder):
             if not done():
                 _align(config, options, folder, made_from)
                 return
-    tidy(folder)
+    if first():
+        tidy(folder)
     console.print(f"align is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
 
 
 def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     seed = int(config.seed)
     seed_everything(seed)
-    data = ready(config.data)
+    with first_alone():
+        data = ready(config.data)
     torch.manual_seed(seed)  # as for the model that is fine-tuned later
     embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
     device = device_of(config.trainer)
-    begun = begin(folder, made_from, {}, force=config.force, results=RESULTS)
-    source = source_features(config, device)
+    begun = agreed(lambda: begin(folder, made_from, {}, force=config.force, results=RESULTS))
+    with first_alone():  # the others find the features in the cache
+        source = source_features(config, device)
     train = plain_loader(data, "train", 64)
     y = targets(train.dataset, train.collate_fn)
     labeller = Labeller(y, options.clusters, seed)
@@ -120,10 +124,9 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
         distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
         optimizer = build(config.align.optimizer)
         module = Align(embedder, distance, target, source.tokens, optimizer, options, folder=folder, seed=seed)
-        epochs = _fit(config, module, folder, checkpoint_of(folder) if begun else None)
+        epochs = _fit(config, module, folder, agreed(lambda: checkpoint_of(folder)) if begun else None)
     after = held_out() if epochs else before
     distances = {name: {"before": before[name], "after": after[name]} for name in before}
-    write_tensors(aligned_embedder(config), embedder.state_dict())
     payload = {
         "objective": objective,
         "distances": distances,
@@ -133,8 +136,10 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
         "target_images": len(y),
         "target_classes": len(target.labels.unique()),
     }
-    write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
-    finish(folder)
+    if first():
+        write_tensors(aligned_embedder(config), embedder.state_dict())
+        write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
+        finish(folder)
     console.print(sentence(distances), soft_wrap=True)
 
 

@@ -9,6 +9,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orca_rank.artifacts.command import command
+from orca_rank.processes import barrier, first
+
+# The stages that the processes of a run do together; the first process does the others while the rest waits.
+TOGETHER = ("align", "finetune")
 
 
 def run(config: DictConfig, stages: Sequence[str]) -> None:
@@ -24,7 +28,9 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
         verb.check_options(config)
     for position, (stage, verb) in enumerate(zip(stages, verbs, strict=True), 1):
         console.rule(f"{position}/{len(stages)} {stage}", align="left")
-        verb.run(config)
+        if first() or stage in TOGETHER:
+            verb.run(config)
+        barrier()  # what one stage wrote the next one reads
     other = "uniform" if "uniform" not in str(config.rank["_target_"]) else "proportional"
     console.print(
         f"\nnext: another rule at the same budget, and its place in the report:\n"

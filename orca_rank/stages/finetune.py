@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from orca_rank import adapters
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
-from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import OrcaModel, weights_hash
 from orca_rank.build import build
 from orca_rank.data.module import InMemory
+from orca_rank.data.shares import share
 from orca_rank.options import number, one_of, read
+from orca_rank.processes import agreed, first, first_alone, world
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import (
@@ -28,6 +30,7 @@ from orca_rank.stages.setup import (
     build_model,
     check,
     contents,
+    held,
     ready,
     resolve_backbone,
     seed_everything,
@@ -46,6 +49,7 @@ from orca_rank.stages.trainable import (
 from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
 from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
+from orca_rank.training.average import Average
 from orca_rank.training.curve import Curve
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
@@ -118,20 +122,26 @@ def run(config: DictConfig) -> None:
     made_from = {**finetune_config(config), "contents": contents(config, "data", "backbone", "rank")}
 
     def done() -> bool:
-        return finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune")
+        return agreed(
+            lambda: finished(folder / "metrics.json", made_from, force=config.force, made_by="stage=finetune")
+        )
 
     if not done():
-        with locked(folder):
+        with held(folder):
             if not done():
                 _finetune(config, options, folder, made_from)
                 return
-    tidy(folder)
+    if first():
+        tidy(folder)
     console.print(f"finetune is done: {folder / 'metrics.json'} (force=true redoes it)", soft_wrap=True)
 
 
 def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     seed_everything(config.seed)
-    data = ready(config.data)
+    rank, size, _ = world()
+    shared = partial(share, rank=rank, size=size)
+    with first_alone():
+        data = ready(config.data)
     task = data.task
     model = build_model(config, task)
     weights = weights_hash(model.body)
@@ -155,14 +165,23 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
     inputs = input_hashes(folder, _inputs(config, plan, adapter))
-    begun = begin(folder, made_from, {**inputs, "backbone": weights}, force=config.force, results=RESULTS)
+    made_of = {**inputs, "backbone": weights}
+    begun = agreed(lambda: begin(folder, made_from, made_of, force=config.force, results=RESULTS))
     monitor = f"val/{task.metric_name}"
-    keep = Keep(folder, monitor, patience=options.patience, tensors=lambda: trained_tensors(model))
+
+    def changed() -> dict[str, Tensor]:
+        return trained_tensors(model)
+
+    average = None if options.ema is None else Average(options.ema, changed)
+    kept = changed if average is None else lambda: average.values
+    keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
+    if options.compile is not None:
+        model.compile(mode=options.compile)
     trainer = trainer_for(
         config.trainer,
         config.logger,
         folder,
-        [Curve(folder / "curve.csv"), keep],
+        [*([] if average is None else [average]), Curve(folder / "curve.csv"), keep],
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
@@ -174,9 +193,9 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     fit(
         trainer,
         module,
-        checkpoint_of(folder) if begun else None,
-        train_dataloaders=data.train_dataloader(),
-        val_dataloaders=data.val_dataloader(),
+        agreed(lambda: checkpoint_of(folder)) if begun else None,
+        train_dataloaders=shared(data.train_dataloader()),
+        val_dataloaders=shared(data.val_dataloader()),
     )
     if not keep.best:
         raise FloatingPointError(f"{monitor} was not finite after any epoch: lower finetune.optimizer.lr")
@@ -185,8 +204,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     model.load_state_dict(keep.best, strict=False)
     data.setup("test")
     with interrupts():
-        validation = trainer.validate(module, data.val_dataloader(), verbose=False)[0]
-        tested = trainer.test(module, data.test_dataloader(), verbose=False)[0]
+        validation = trainer.validate(module, shared(data.val_dataloader()), verbose=False)[0]
+        tested = trainer.test(module, shared(data.test_dataloader()), verbose=False)[0]
     payload = {
         **validation,
         **tested,
@@ -200,12 +219,13 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     }
     if torch.cuda.is_available():
         payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
-    if update is not None:
-        write_tensors(folder / "update.safetensors", update())
-    # Last of all: its presence means done.
-    write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
-    finish(folder)
+    if first():
+        _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
+        if update is not None:
+            write_tensors(folder / "update.safetensors", update())
+        # Last of all: its presence means done.
+        write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
+        finish(folder)
     close_logger(trainer)
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)

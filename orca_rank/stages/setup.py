@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from orca_rank.data import Data
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import Fitted
 from orca_rank.options import flag, one_of
+from orca_rank.processes import first
 from orca_rank.ranks import Layer
 from orca_rank.stages.trainer import check_trainer, trainer_options
 from orca_rank.task import Task
@@ -119,6 +121,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (a user's own data or metric may draw from it)
     torch.manual_seed(seed)
+
+
+def held(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """`locked` by the first of the processes that work in a folder together."""
+    return locked(folder) if first() else contextlib.nullcontext()
 
 
 def outline(data: Data) -> Task:

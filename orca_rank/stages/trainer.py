@@ -13,6 +13,7 @@ from torch import nn
 from orca_rank.artifacts.provenance import plain
 from orca_rank.build import build
 from orca_rank.options import number
+from orca_rank.processes import world
 
 if TYPE_CHECKING:
     import lightning as L
@@ -29,25 +30,98 @@ OWN = {
 }
 
 
+# The strategies whose processes hold the whole model each and average gradients.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Raise a ValueError for options that Lightning refuses, that a stage sets itself, or more than one process."""
+    """Raise a ValueError for options that Lightning refuses, that a stage sets itself, or for more processes than are
+    there."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException  # here, because it takes seconds
 
     for name, instead in OWN.items():
         if name in trainer:
             raise ValueError(f"trainer.{name} is set by the stage: use {instead}")
-    devices = trainer.get("devices", 1)
-    many = len(devices) if isinstance(devices, list | ListConfig) else devices
-    if str(many) not in ("1", "auto") or trainer.get("num_nodes", 1) != 1 or (many == "auto" and gpus(trainer) > 1):
-        raise ValueError(
-            f"trainer.devices={devices} trainer.num_nodes={trainer.get('num_nodes', 1)}: this version trains in one "
-            f"process, because the metrics of several would each cover a part of the data; set trainer.devices=1 "
-            f"trainer.num_nodes=1"
-        )
+    _check_processes(trainer)
     try:
-        build(trainer, logger=False, enable_checkpointing=False)
+        build(trainer, logger=False, enable_checkpointing=False, **_several(trainer))
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+def _check_processes(trainer: Mapping[str, Any]) -> None:
+    wanted, there = processes_of(trainer), world().size
+    if wanted == there == 1:
+        return
+    said = f"trainer.devices={trainer.get('devices', 1)} trainer.num_nodes={trainer.get('num_nodes', 1)}"
+    if wanted != there:
+        raise ValueError(
+            f"{said} asks for {wanted} processes, and this is one of {there}: `python -m orca_rank` starts the "
+            f"processes of one machine for stage=align, finetune and all, torchrun or srun those of several; other "
+            f"stages and Python code train in one, with trainer.devices=1 trainer.num_nodes=1"
+        )
+    strategy = trainer.get("strategy", "auto")
+    name = strategy if isinstance(strategy, str) else strategy.get("_target_", "")
+    known = name in STRATEGIES if isinstance(strategy, str) else name.endswith(".DDPStrategy")
+    if not known:
+        raise ValueError(
+            f"trainer.strategy={name}: expected {', '.join(STRATEGIES)}, or the options of a "
+            f"lightning.pytorch.strategies.DDPStrategy"
+        )
+
+
+def processes_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a trainer's options ask for: its devices on every node.
+
+    Raises:
+        ValueError: for devices that are no number or list of them.
+    """
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if isinstance(devices, list | ListConfig):
+        each = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        each = max(1, gpus(trainer))
+    else:
+        text = str(devices)
+        each = len([part for part in text.split(",") if part]) if "," in text else int(text) if text.isdigit() else 0
+    if each < 1 or type(nodes) is not int or nodes < 1:
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={nodes}: expected whole numbers of at least 1; devices may "
+            f"also be auto or a list of GPUs, such as [0,1]"
+        )
+    return each * nodes
+
+
+def backend_of(trainer: Mapping[str, Any]) -> str:
+    """What the processes of a run talk through: strategy.process_group_backend, else NCCL between GPUs and gloo."""
+    strategy = trainer.get("strategy", "auto")
+    chosen = None if isinstance(strategy, str) else strategy.get("process_group_backend")
+    return str(chosen or ("cpu:gloo,cuda:nccl" if gpus(trainer) else "gloo"))
+
+
+def device_number(trainer: Mapping[str, Any], local_rank: int) -> int | None:
+    """The GPU of a machine's process 0, 1, …; None where they have none."""
+    if not gpus(trainer):
+        return None
+    devices = trainer.get("devices", 1)
+    return int(devices[local_rank]) if isinstance(devices, list | ListConfig) else local_rank
+
+
+def _several(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the Trainer of one process of several is told beside its options."""
+    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+    from orca_rank.training.packed import PackedIO
+
+    several = world().size > 1
+    options: dict[str, Any] = {}
+    if "plugins" not in trainer:
+        options["plugins"] = [TorchElasticEnvironment() if several else LightningEnvironment(), PackedIO()]
+    if several:
+        options["use_distributed_sampler"] = False  # loaders are shared by `data.shares`, exactly
+        if trainer.get("strategy", "auto") == "auto":
+            options["strategy"] = "ddp_find_unused_parameters_true"
+    return options
 
 
 def gpus(trainer: Mapping[str, Any]) -> int:
@@ -66,19 +140,20 @@ def check_optimizer(node: Any, name: str) -> None:
 
 
 def trainer_for(trainer: Any, logger: Any, folder: Path, callbacks: list[Callback], **options: Any) -> L.Trainer:
-    """Lightning's Trainer for a stage: one process, its logger in the stage's folder, no checkpoints of its own."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    from orca_rank.training.packed import PackedIO
-
-    options |= {"plugins": [LightningEnvironment(), PackedIO()]} if "plugins" not in trainer else {}
-    return build(
+    """Lightning's Trainer for a stage, in this process of the run's: its logger in the stage's folder, no checkpoints
+    of its own."""
+    built = build(
         trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
         logger=build(logger, save_dir=str(folder / "log")) if logger else False,
         **options,
+        **_several(trainer),
     )
+    if world().size > 1:
+        # Its handler of SIGTERM broadcasts in the middle of whatever the processes are at, and hangs; ours ends each.
+        built._signal_connector.register_signal_handlers = lambda: None
+    return built
 
 
 def device_of(trainer: Mapping[str, Any]) -> torch.device:

@@ -12,5 +12,6 @@ for _message in (
     ".*does not have many workers",
     ".*isinstance.treespec, LeafSpec.",
     "The number of training batches",
+    "It is recommended to use `self.log.*sync_dist=True",  # the modules add up over processes, exactly
 ):
     warnings.filterwarnings("ignore", message=_message)

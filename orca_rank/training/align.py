@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.options import number, one_of, whole
+from orca_rank.processes import first, gathered, world
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.features import token_mean
 
@@ -145,19 +146,28 @@ class Align(L.LightningModule):
         else:
             order = torch.randperm(len(labels), generator=generator)
             self.batches = [part.tolist() for part in order.split(self.options.batch_size)]
-        return DataLoader(self.target.dataset, batch_sampler=self.batches, collate_fn=self.target.collate)
+        rank, size, _ = world()
+        own = [batch[rank::size] or batch[:1] for batch in self.batches]  # all processes take part in every step
+        return DataLoader(self.target.dataset, batch_sampler=own, collate_fn=self.target.collate)
 
     def features(self, x: Tensor, batch_index: int) -> Tensor:
-        """Token means, some target tokens replaced by source tokens at the start of a curriculum."""
+        """Token means of the whole batch, some target tokens replaced by source tokens at the start of a curriculum;
+        those of other processes without a gradient.
+
+        Args:
+            x: this process's share of the batch.
+        """
+        rank, size, _ = world()
         tokens = self.embedder(x).flatten(1, -2)  # (B, ..., d) -> (B, T, d)
         fraction = self.options.curriculum.fraction(self.current_epoch, self.options.epochs)
         replaced = round(fraction * tokens.shape[1])
         if replaced:
             draw = torch.Generator().manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + batch_index)
-            image = torch.randint(len(self.tokens), (len(x),), generator=draw)
+            image = torch.randint(len(self.tokens), (len(self.batches[batch_index]),), generator=draw)
+            image = image[rank::size] if len(image) > rank else image[:1]
             place = torch.randperm(tokens.shape[1], generator=draw)[:replaced]
             tokens = tokens.index_copy(1, place.to(x.device), self.tokens[image][:, place].to(tokens))
-        return token_mean(tokens)
+        return gathered(token_mean(tokens), len(self.batches[batch_index]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, _ = batch
@@ -171,9 +181,11 @@ class Align(L.LightningModule):
                 self.mean.add(loss)
                 if self.trainer.is_last_batch:  # once an epoch: Lightning takes milliseconds for every value
                     self.log("loss", self.mean.take(), on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
-                return loss
+                # Lightning averages gradients over the processes, each of which has its share of them.
+                return world().size * loss
         path = self.folder / "bad_batch.safetensors"
-        write_tensors(path, {"x": x, "label": label, "features": features})
+        if first():
+            write_tensors(path, {"x": x, "label": label, "features": features})
         raise FloatingPointError(
             f"the alignment loss is not finite in epoch {self.current_epoch}, batch {batch_index}; its images, labels "
             f"and features are in {path}: lower align.optimizer.lr"

@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from orca_rank.artifacts.files import write_csv
+from orca_rank.processes import first, total
 
 
 class RunningMean:
-    """The mean of an epoch's losses, weighted by the samples that each is of; on the losses' device."""
+    """The mean of an epoch's losses, weighted by the samples that each is of; on the losses' device, over all processes
+    of the run."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -26,10 +28,11 @@ class RunningMean:
         self.total, self.weight = self.total + weight * value.detach(), self.weight + weight
 
     def take(self) -> Tensor:
-        """The mean, and begin anew."""
-        mean = torch.as_tensor(self.total) / self.weight
+        """The mean, and begin anew; all processes together."""
+        value = torch.as_tensor(self.total)
+        value, weight = total(torch.stack([value, value.new_tensor(self.weight)]))
         self.total, self.weight = 0.0, 0
-        return mean
+        return value / weight
 
 
 class Curve(Callback):
@@ -57,7 +60,8 @@ class Curve(Callback):
         found = {"epoch": epoch, "lr": self.lr, "seconds": time.monotonic() - self.started, **logged}
         columns = self.columns or ("epoch", "lr", *sorted((name for name in logged if "/" in name), reverse=True))
         self.rows = [row for row in self.rows if row["epoch"] < epoch] + [{name: found[name] for name in columns}]
-        write_csv(self.path, self.rows)
+        if first():
+            write_csv(self.path, self.rows)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}

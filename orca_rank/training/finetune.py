@@ -13,10 +13,15 @@ from torch import Tensor
 
 from orca_rank import adapters
 from orca_rank.backbone import OrcaModel
+from orca_rank.data.shares import sizes_of
 from orca_rank.options import flag, number, one_of, whole
+from orca_rank.processes import world
 from orca_rank.task import Task
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.schedule import SCHEDULES, Schedule
+from orca_rank.training.stochastic_depth import SharedPaths
+
+COMPILE = ("default", "reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class FinetuneOptions:
     predictor_lr: float | None = None
     embedder_lr: float | None = None
     keep_update: bool = False
+    ema: float | None = None
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         whole("finetune.epochs", self.epochs)
@@ -51,6 +58,9 @@ class FinetuneOptions:
         number("finetune.predictor_lr", self.predictor_lr, above=0, null=True)
         number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
         flag("finetune.keep_update", self.keep_update)
+        number("finetune.ema", self.ema, above=0, below=1, null=True)
+        if self.compile is not None:
+            one_of("finetune.compile", self.compile, COMPILE)
 
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""
@@ -83,16 +93,30 @@ class FineTune(L.LightningModule):
         self.draws = torch.Generator().manual_seed(seed)
         self.steps = adapters.Steps(model.body)
         self.mean = RunningMean()
+        self.scores: dict[str, RunningMean] = {}
+        rank, size, _ = world()
+        self.paths = SharedPaths(model, rank, size) if size > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        # Dropout and adapters draw the same after a resume, whatever was drawn before it.
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch * 100_003 + batch_index)
+        # Dropout and adapters draw the same after a resume, whatever was drawn before it. Adapters draw the same in
+        # every process, and stochastic depth what one process would; dropout does not: its samples are others.
+        seed, sizes = self._seed(batch_index), sizes_of(self.trainer.train_dataloader)
+        torch.manual_seed(seed + 7_368_787 * world().rank)
+        if self.paths is not None and sizes is not None:
+            self.paths.begin(seed, sizes.batch(batch_index), self.device)
         if batch_index % self.trainer.accumulate_grad_batches == 0:  # one draw per optimiser step, as DyLoRA
             self.draws.manual_seed(self.seed * 1_000_003 + self.global_step)
             self.steps.begin(self.draws)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        if world().size > 1:  # a loader that draws its order from here draws the same everywhere
+            torch.manual_seed(self._seed(batch_index))
+
+    def _seed(self, batch_index: int) -> int:
+        return self.seed * 1_000_003 + self.current_epoch * 100_003 + batch_index
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch
@@ -102,28 +126,61 @@ class FineTune(L.LightningModule):
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, batch {batch_index}: lower "
                 f"finetune.optimizer.lr or set finetune.clip=1.0"
             )
-        self.mean.add(loss, len(x))
+        own, weight, once = self._weights(batch_index, len(x))
+        self.mean.add(loss, own)
         if self.trainer.is_last_batch:  # once an epoch: Lightning takes milliseconds for every value it is given
             self.log("train/loss", self.mean.take(), on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
-        return loss + self.steps.extra_loss()
+        return weight * loss + once * self.steps.extra_loss()
+
+    def _weights(self, batch_index: int, samples: int) -> tuple[int, float, float]:
+        """(own samples, factor of the mean loss over them, factor of a term that is no mean over samples).
+
+        Lightning divides what a step returns by the batches of an optimiser step, of which an epoch's last may have
+        fewer, and averages over the processes. With these factors the gradient of an optimiser step is that of the
+        mean over all samples that it sees, each counting the same.
+        """
+        accumulate, (rank, size, _) = self.trainer.accumulate_grad_batches, world()
+        sizes, batches = sizes_of(self.trainer.train_dataloader), int(self.trainer.num_training_batches)
+        if sizes is None:  # batches of a loader of the user's own count the same
+            start = batch_index - batch_index % accumulate
+            factor = accumulate / (min(start + accumulate, batches) - start)
+            return samples, factor, factor
+        own = sizes.own(batch_index, rank, size)
+        total, among = sizes.window(batch_index, batches, accumulate)
+        return own, accumulate * size * own / total, accumulate / among
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
         self.steps.end()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self._evaluate(batch, "val")
+        self._evaluate(batch, batch_index, "val", self.trainer.val_dataloaders)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self._evaluate(batch, "test")
+        self._evaluate(batch, batch_index, "test", self.trainer.test_dataloaders)
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores()
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores()
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], batch_index: int, split: str, loader: Any) -> None:
         x, y = batch
+        sizes, (rank, size, _) = sizes_of(loader), world()
+        own = len(x) if sizes is None else sizes.own(batch_index, rank, size)
         prediction = self(x)
-        name = f"{split}/{self.task.metric_name}"
-        self.log(name, self.task.metric(prediction, y).mean(), batch_size=len(x), prog_bar=True)
+        found = {self.task.metric_name: self.task.metric(prediction, y).mean()}
         if self.task.kind == "classification":
-            self.log(f"{split}/cross_entropy", self.task.loss(prediction, y), batch_size=len(x))
+            found["cross_entropy"] = self.task.loss(prediction, y)
+        for name, value in found.items():
+            self.scores.setdefault(f"{split}/{name}", RunningMean()).add(value, own)
+
+    def _log_scores(self) -> None:
+        """The means over all samples, every one counted once, whichever process saw it."""
+        for name, mean in self.scores.items():
+            self.log(name, mean.take(), batch_size=1, prog_bar=name.endswith(self.task.metric_name))
+        self.scores = {}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.parameter_groups())

@@ -22,6 +22,7 @@ from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
 from orca_rank.artifacts.plain import check_sums
 from orca_rank.artifacts.unfinished import CHECKPOINTS
+from orca_rank.processes import agreed, first
 
 console = Console(highlight=False)
 LAST, PREVIOUS = CHECKPOINTS
@@ -68,7 +69,8 @@ class Keep(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.monitor is not None:
-            self._judge(float(trainer.callback_metrics[self.monitor]))
+            value = float(trainer.callback_metrics[self.monitor])
+            self._judge(agreed(lambda: value))
             trainer.should_stop = trainer.should_stop or self.stopped
         now = time.perf_counter()
         self.seconds, self.started = self.seconds + now - self.started, now
@@ -92,8 +94,11 @@ class Keep(Checkpoint):
 
 def save(trainer: L.Trainer, folder: Path) -> None:
     """last.ckpt, always whole; the one that was there becomes previous.ckpt, and stays last.ckpt until the new one is
-    on the disk, so that a stop finds a last.ckpt at any moment."""
+    on the disk, so that a stop finds a last.ckpt at any moment. All processes together: the first one writes."""
     last, previous = folder / LAST, folder / PREVIOUS
+    if not first():
+        trainer.save_checkpoint(last, weights_only=False)  # Lightning wants all to take part, and writes on the first
+        return
     with atomic(last) as temporary:
         trainer.save_checkpoint(temporary, weights_only=False)
         # A rename of one link of a file over another does nothing.

@@ -29,6 +29,7 @@ from orca_rank.data.augment import mix, soft_labels
 from orca_rank.data.module import Batches, EpochOrder, as_it_is
 from orca_rank.normaliser import Normaliser
 from orca_rank.options import one_of, read
+from orca_rank.training.average import decay_at
 from orca_rank.training.curve import Curve
 from orca_rank.training.keep import Keep, checkpoint_of, fit
 from orca_rank.training.muon import MuonAdamW, parameter_groups
@@ -84,7 +85,7 @@ class Pretrain(L.LightningModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
         count = int(self.updates)
-        update_average(self.average, self.network, min(self.recipe.ema, (1 + count) / (10 + count)))
+        update_average(self.average, self.network, decay_at(count, self.recipe.ema))
         self.updates += 1
 
     def validation_step(self, batch: Sequence[Tensor], index: int) -> None:
