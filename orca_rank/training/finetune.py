@@ -122,8 +122,8 @@ class FineTune(L.LightningModule):
         prediction = self(x)
         name = f"{split}/{self.task.metric_name}"
         self.log(name, self.task.metric(prediction, y).mean(), batch_size=len(x), prog_bar=True)
-        if self.task.kind == "classification":
-            self.log(f"{split}/cross_entropy", self.task.loss(prediction, y), batch_size=len(x))
+        for further, values in self.task.further(prediction, y).items():
+            self.log(f"{split}/{further}", values.nanmean(), batch_size=len(x))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.make_optimizer(self.parameter_groups())
