@@ -24,8 +24,9 @@ class Fitted(nn.Module):
     """A fine-tuned model, its adapters in place; `orca_rank.adapters.merge(fitted.model.body)` folds them in.
 
     `fitted(x)` maps normalised inputs (B, C, H, W), as the data module of the run yields them, to class scores
-    (B, classes) or to a field (B, c, H, W) in physical units; `fitted.predict(x)` does so from inputs as files hold
-    them, which it normalises by the statistics of the training data.
+    (B, classes) or (B, classes, H, W), the probabilities of labels (B, labels), or a vector (B, k) or field
+    (B, c, H, W) in physical units; `fitted.predict(x)` does so from inputs as files hold them, which it normalises by
+    the statistics of the training data.
 
     Attributes: model (OrcaModel), task (Task), metrics (what metrics.json holds), inputs (the statistics that the
         training data's inputs were normalised by, None where they were not).
@@ -39,7 +40,7 @@ class Fitted(nn.Module):
         return self.task.decode(self.model(x))
 
     def predict(self, x: Tensor) -> Tensor:
-        """Class scores (B, classes) or fields (B, c, H, W) for inputs (B, C, H, W) in the unit of the training data.
+        """What `fitted(x)` gives, for inputs (B, C, H, W) in the unit of the training data.
 
         Raises:
             ValueError: inputs of other channels, or a dataset that does more than normalise (the coordinates of
@@ -57,17 +58,11 @@ class Fitted(nn.Module):
         Raises:
             ValueError: other channels, another kind of target, another field or a class beyond the model's.
         """
-        channels, task = self.task.input_shape[0], self.task
+        channels = self.task.input_shape[0]
         if x.shape[1] != channels:
             raise ValueError(f"the inputs have {x.shape[1]} channels, the model was fine-tuned on {channels}")
-        if y is None:
-            return
-        if y.is_floating_point() != (task.kind == "dense"):
-            raise ValueError(f"the targets have dtype {y.dtype}, the model was fine-tuned for {task.kind}")
-        if task.kind == "dense" and tuple(y.shape[1:]) != task.output_shape:
-            raise ValueError(f"the targets have shape {tuple(y.shape[1:])}, the model gives {task.output_shape}")
-        if task.kind == "classification" and int(y.max()) >= task.output_shape[0]:
-            raise ValueError(f"the targets have class {int(y.max())}, the model knows 0 to {task.output_shape[0] - 1}")
+        if y is not None:
+            self.task.check_targets(y)
 
 
 def load(run_folder: str | Path, tag: str | None = None, trust: Collection[str] = ()) -> Fitted:

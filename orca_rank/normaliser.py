@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-AXES = {"pixel": (0,), "channel": (0, 2, 3)}
+PER = ("pixel", "channel")
 _CHUNK = 2**24  # values in float64 at a time
 _LARGE_OFFSET = 100.0  # means of so many deviations leave float32 five digits for the variation
 _FLOAT32 = (1e-30, 1e30)  # magnitudes that float32 holds with all its digits, and room to spare for test data
@@ -29,7 +29,7 @@ class Normaliser:
     there encode gives 0 whatever comes, and decode gives the mean.
 
     Args:
-        mean, std: finite, broadcastable to a sample (c, H, W), e.g. (c, 1, 1); std >= 0.
+        mean, std: finite, broadcastable to a sample (c, H, W), e.g. (c, 1, 1), or to a vector (k,); std >= 0.
 
     Raises:
         ValueError: for a mean or std that is not finite, or a negative std.
@@ -43,7 +43,7 @@ class Normaliser:
             raise ValueError("a normaliser needs a finite mean and a finite standard deviation that is not negative")
 
     @classmethod
-    def fit(cls, x: Shaped[Tensor, "n c h w"], per: str = "pixel") -> Normaliser:
+    def fit(cls, x: Shaped[Tensor, "n c ..."], per: str = "pixel") -> Normaliser:
         """Mean and standard deviation over the samples of x, in float64, missing values (NaN) aside.
 
         Args:
@@ -52,14 +52,14 @@ class Normaliser:
         Raises:
             ValueError: for another `per`, or no samples.
         """
-        if per not in AXES:
-            raise ValueError(f"per must be one of {tuple(AXES)}, received {per!r}")
+        if per not in PER:
+            raise ValueError(f"per must be one of {PER}, received {per!r}")
         if len(x) == 0:
             raise ValueError("statistics need at least one sample, received none")
         low, high = extremes(x, per)
         centre, half = low / 2 + high / 2, high / 2 - low / 2  # halved first: their difference may be infinite
         scale = torch.where(half > 0, half, 1.0)
-        axes = AXES[per]
+        axes = axes_of(per, x.ndim)
         count = torch.zeros_like(centre)
         mean, squares = torch.zeros_like(centre), torch.zeros_like(centre)
         for part in x.split(chunk_of(x)):  # Chan, Golub and LeVeque (1979): parts joined without cancellation
@@ -139,14 +139,19 @@ class Normaliser:
         return cls(torch.as_tensor(values["mean"]), torch.as_tensor(values["std"]))
 
 
+def axes_of(per: str, ndim: int) -> tuple[int, ...]:
+    """The axes of samples (n, c, ...) that share one mean: all but that of the channels, or that of the samples."""
+    return (0,) if per == "pixel" else (0, *range(2, ndim))
+
+
 def chunk_of(x: Tensor) -> int:
     """Samples of x to convert to float64 at a time."""
     return max(1, _CHUNK // max(1, x[0].numel()))
 
 
-def extremes(x: Shaped[Tensor, "n c h w"], per: str) -> tuple[Tensor, Tensor]:
+def extremes(x: Shaped[Tensor, "n c ..."], per: str) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per pixel or channel, float64, missing values aside (0 where all are missing)."""
-    axes = AXES[per]
+    axes = axes_of(per, x.ndim)
     low, high = [], []
     for part in x.split(chunk_of(x)):
         if part.is_floating_point():

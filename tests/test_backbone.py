@@ -117,7 +117,7 @@ def test_task_losses_and_metrics() -> None:
     with pytest.raises(ValueError, match="output_shape"):
         Task("dense", (1, 8, 8), (10,))
     with pytest.raises(ValueError, match="kind"):
-        Task("regression", (1, 8, 8), (10,))
+        Task("painting", (1, 8, 8), (10,))
     u = torch.rand(4, 2, 20, 20) + 1
     torch.testing.assert_close(relative_l2(1.5 * u, u), torch.full((4,), 0.5))
     normaliser = Normaliser.fit(u)
@@ -131,6 +131,6 @@ def test_task_losses_and_metrics() -> None:
 def test_a_task_comes_back_from_its_file():
     task = Task("dense", (3, 8, 9), (1, 8, 9))
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
-    for values in ({}, {**task.to_dict(), "input_shape": [3, 8]}, {**task.to_dict(), "kind": "segmentation"}):
+    for values in ({}, {**task.to_dict(), "input_shape": [3, 8]}, {**task.to_dict(), "kind": "painting"}):
         with pytest.raises(ValueError, match="not the description of a task"):
             Task.from_dict(values)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     class Data(Protocol):
         """What a stage asks of a dataset; `orca_rank.data.module.InMemory` gives the rest.
 
-        Batches are (x, y): x (B, C, H, W) float32 as the network reads them, y int64 (B,) for classes or float fields
-        (B, c, H, W).
+        Batches are (x, y): x (B, C, H, W) float32 as the network reads them, y as `orca_rank.task.KINDS` says for the
+        kind of task.
         """
 
         @property

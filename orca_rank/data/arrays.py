@@ -1,4 +1,4 @@
-"""Your own arrays: classification or dense regression from npz, npy, h5 or pt files."""
+"""Your own arrays: inputs and targets of any kind from npz, npy, h5 or pt files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.data.array_files import read_arrays
 from orca_rank.data.checks import check_inputs, check_targets
-from orca_rank.data.fields import LAYOUTS, arranged, kept
-from orca_rank.data.labels import Class, check_counts, class_labels, renamed, renaming
+from orca_rank.data.fields import LAYOUTS
+from orca_rank.data.labels import Class, check_counts, renamed, renaming
 from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
+from orca_rank.data.pseudo import pseudo_labels
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
-from orca_rank.normaliser import Normaliser, chunk_of
-from orca_rank.task import Task, typical_norm
+from orca_rank.data.targets import Reading, Targets
+from orca_rank.normaliser import Normaliser
+from orca_rank.task import KINDS
 
 NORMALISE = ("channel", "pixel", "none")
 LABELS = ("file", "kmeans", "index")
@@ -27,38 +28,36 @@ LABELS = ("file", "kmeans", "index")
 
 @dataclass(frozen=True)
 class _Samples:
-    """x (n, C, H, W) of any real dtype; y int64 (n,), floats (n, c, H, W), or None; what the file calls its classes."""
+    """x (n, C, H, W) of any real dtype, (n, C, 1, L) for series; targets, or None."""
 
     x: Tensor
-    y: Tensor | None
-    classes: tuple[Class, ...] | None = None
+    found: Targets | None
 
     @property
-    def targets(self) -> Tensor:
-        if self.y is None:
+    def targets(self) -> Targets:
+        if self.found is None:
             raise ValueError("there are no targets: name them by the option y; without them data can only be predicted")
-        return self.y
-
-    @property
-    def dense(self) -> bool:
-        return self.targets.is_floating_point()
+        return self.found
 
     def take(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
         chosen = torch.from_numpy(np.ascontiguousarray(index))
-        return self.x[chosen], self.targets[chosen]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Classes to split by; one for all fields."""
-        return np.zeros(len(self.x), dtype=np.int64) if self.dense else self.targets.numpy()
+        return self.x[chosen], self.targets.y[chosen]
 
 
 class Arrays(InMemory):
-    """Arrays x and y from files: labels y are classification, float y (n, H, W) or (n, c, H, W) a field.
+    """Arrays x and y from files; what kind of task they are follows from y, or is asked for.
 
-    Inputs are (n, H, W), (n, C, H, W) or (n, H, W, C); bool, integer or float, in any unit. They are standardised by
-    statistics of the training part, taken at the file's own precision; so are the outputs of a field, through
-    `task.normaliser`. Labels are whole numbers, whole floats, booleans or strings, (n,) or (n, 1), or one-hot (n, k).
+    Inputs are images (n, H, W), (n, C, H, W) or (n, H, W, C), or series (n, L), (n, C, L) or (n, L, C), which are held
+    as (n, C, 1, L); bool, integer or float, in any unit. They are standardised by statistics of the training part,
+    taken at the file's own precision; so are fields and vectors, through `task.normaliser`. Targets are
+
+    - whole numbers, whole floats, booleans or strings (n,) or (n, 1), or one-hot (n, k): classification;
+    - numbers (n,) or (n, k), some of them not whole: regression;
+    - booleans, or 0 and 1, (n, c) that are not one-hot: multilabel;
+    - integers or booleans (n, H, W) of few values, for series (n, L): segmentation;
+    - floats (n, H, W) or (n, c, H, W), for series (n, L) or (n, c, L): dense, a field.
+
+    What could be several of these is an error that says how to choose by `task`.
 
     Args:
         root: the data folder.
@@ -70,13 +69,17 @@ class Arrays(InMemory):
         labels: "file" reads y. For images without labels: "kmeans" makes `clusters` pseudo-classes of the pixels
             (pooled to at most 16×16), "index" gives every sample its own class, which has no covariance within.
         clusters: number of pseudo-classes.
+        task: the kind of y, one of those above; null: as y says. series: whether x are series; null: as x says, which
+            (n, C, L) of a long and a short side does not.
         channels: where x, and y if y_channels is null, have their axis of channels, if they have one: "first", "last"
             or "none". Null: as the shape says, or an error where it does not.
         y_channels: the same for fields.
         fill: a value or values that mark missing ones, NaN among them: the mean takes their place in inputs, and in
-            fields they are not counted. Null: there are none, and what looks like one is an error; "none": no error.
-        normalise: "channel" (one mean and deviation a channel), "pixel" (one each per pixel) or "none".
-        test_fraction, val_fraction: held out of all, and then of the rest; class by class for classification.
+            fields, vectors and segmentations they are not counted. Null: there are none, and what looks like one is an
+            error; "none": no error.
+        normalise: "channel" (one mean and deviation a channel), "pixel" (one each per pixel) or "none"; vectors are
+            standardised in any case.
+        test_fraction, val_fraction: held out of all, and then of the rest, in the same proportions of `Targets.strata`.
         train_limit: samples for train and val together; null for all. test_limit: of the test set.
         split_seed: of the splits, limits and pseudo-labels.
         batch_size, seed, statistics, classes: see `InMemory`.
@@ -98,6 +101,8 @@ class Arrays(InMemory):
         test_y: str | None = None,
         labels: str = "file",
         clusters: int = 10,
+        task: str | None = None,
+        series: bool | None = None,
         channels: str | None = None,
         y_channels: str | None = None,
         fill: float | str | Sequence[float] | None = None,
@@ -114,6 +119,8 @@ class Arrays(InMemory):
     ) -> None:
         super().__init__(batch_size, seed, statistics, classes)
         check_choice("labels", labels, LABELS)
+        check_choice("task", task, (*KINDS, None))
+        check_choice("series", series, (True, False, None))
         check_choice("channels", channels, LAYOUTS)
         check_choice("y_channels", y_channels, LAYOUTS)
         check_choice("normalise", normalise, NORMALISE)
@@ -131,8 +138,8 @@ class Arrays(InMemory):
             )
         self.root, self.train, self.test = Path(root), train, test
         self.x, self.y, self.test_x, self.test_y = x, y, test_x or x, test_y or y
-        self.labels, self.clusters, self.normalise, self.fill = labels, clusters, normalise, _fill_values(fill)
-        self.channels, self.y_channels = channels, y_channels
+        self.labels, self.clusters, self.normalise, self.task_kind = labels, clusters, normalise, task
+        self.reading = Reading(channels, y_channels, _fill_values(fill), normalise, series, task)
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit = train_limit, test_limit
 
@@ -147,8 +154,9 @@ class Arrays(InMemory):
             raise ValueError(
                 f"{self.train} holds {len(everything.x)} sample(s): at least 4 are needed to train, validate and test"
             )
-        notes = self._check_labels(everything)
-        labels = everything.labels
+        targets = everything.targets
+        notes = self._check_labels(targets)
+        labels = targets.strata()
         order = stratified_order(labels, self.split_seed)
         if self.test is None:
             test_order, order = take_test(order, self.test_fraction)
@@ -158,43 +166,40 @@ class Arrays(InMemory):
         else:
             train, val = take_validation(order, self.val_fraction, self.train_limit)
             other = self._read(self.test, self.test_x, self.test_y, everything)
-            test_order = stratified_order(other.labels, self.split_seed)
+            test_order = stratified_order(other.targets.strata(), self.split_seed)
             test = other.take(limited(test_order, self.test_limit, "test_limit"))
             notes += _seen(everything.x, test[0], self.test)
         train, val = covered(train, val, labels)
         parts = {"train": everything.take(train), "val": everything.take(val), "test": test}
         inputs = None if self.normalise == "none" else self.inputs(parts["train"][0], self.normalise)
         notes += check_inputs(parts, inputs)
-        task = self._task(everything, parts["train"][1])
+        task = targets.task(tuple(everything.x.shape[1:]), parts["train"][1], self.normalise)
         notes += check_targets(parts, task)
         encode = (inputs or _AS_IT_IS).encode
         return Parts(task, parts["train"], parts["val"], test, encode, inputs=inputs, notes=tuple(dict.fromkeys(notes)))
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         samples = self._read(self.train, self.x, self.y, optional=True)
-        return samples.x, samples.y
+        return samples.x, None if samples.found is None else samples.found.y
 
     def encoder(self) -> Encode:
         if self.normalise == "none":
             return _AS_IT_IS.encode
         return self.given.encode if self.given is not None else self.parts.encode
 
-    def _task(self, everything: _Samples, y: Tensor) -> Task:
-        channels, height, width = everything.x.shape[1:]
-        if everything.dense:
-            normaliser = None if self.normalise == "none" else Normaliser.fit(y, self.normalise)
-            return Task("dense", (channels, height, width), tuple(y.shape[1:]), normaliser, typical_norm(y))
-        count = 1 + int(everything.targets.max()) if everything.classes is None else len(everything.classes)
-        names = everything.classes if everything.classes is not None and renamed(everything.classes) else None
-        return Task("classification", (channels, height, width), (count,), classes=names)
-
-    def _check_labels(self, everything: _Samples) -> list[str]:
-        """Refuse classes that cannot be learned and measured; say what the file's labels are taken for."""
-        if everything.classes is None or self.given_classes is not None:
+    def _check_labels(self, targets: Targets) -> list[str]:
+        """Refuse classes that cannot be learned and measured; say what the file's targets are taken for."""
+        if self.labels != "file" or self.given_kind is not None:
             return []
         name = f"{self.y!r} of {self.train}"
-        check_counts(everything.labels, everything.classes, 3 if self.test is None else 2, name)
-        return [renaming(everything.classes, name)] if renamed(everything.classes) else []
+        notes = [f"targets {name} are taken for a {targets.kind} task; data.task says otherwise"]
+        if targets.kind in ("classification", "regression", "dense") or self.task_kind is not None:
+            notes = []
+        if targets.classes is None or self.given_classes is not None:
+            return notes
+        if targets.kind == "classification":
+            check_counts(targets.y.numpy(), targets.classes, 3 if self.test is None else 2, name)
+        return [*notes, renaming(targets.classes, name)] if renamed(targets.classes) else notes
 
     def _read(
         self,
@@ -208,12 +213,7 @@ class Arrays(InMemory):
         """Samples of a file; `train`: those that they must be like. optional: without targets where it has none."""
         wanted = y_name if self.labels == "file" else None
         x, y, file = read_arrays(self.root, files, x_name, wanted, optional=optional)
-        name = f"inputs {x_name!r} of {file}"
-        if x.dtype.kind not in "biuf":
-            raise ValueError(f"{name} have dtype {x.dtype}: expected bool, integer or float")
-        inputs = kept(
-            arranged(x, self.channels, name, "data.channels", None), self.fill, name, "data.fill", self.normalise
-        )
+        inputs = self.reading.inputs(x, f"inputs {x_name!r} of {file}")
         if train is not None and inputs.shape[1:] != train.x.shape[1:]:
             raise _unlike(inputs, train.x, "inputs")
         if self.given is not None and self.normalise != "none":
@@ -221,65 +221,20 @@ class Arrays(InMemory):
         if optional and self.labels != "file":  # made for images that are trained on
             return _Samples(inputs, None)
         if self.labels == "kmeans":
-            return _Samples(inputs, pseudo_labels(inputs, self.clusters, self.split_seed))
+            return _Samples(inputs, Targets("classification", pseudo_labels(inputs, self.clusters, self.split_seed)))
         if self.labels == "index":
-            return _Samples(inputs, torch.arange(len(inputs)))
+            return _Samples(inputs, Targets("classification", torch.arange(len(inputs))))
         if y is None:
             return _Samples(inputs, None)
-        known = train.classes if train is not None else self.given_classes
-        samples = self._with_targets(inputs, y, f"{y_name!r} of {file}", known)
-        if train is not None and (samples.dense != train.dense or samples.targets.shape[1:] != train.targets.shape[1:]):
-            raise _unlike(samples.targets, train.targets, "targets")
-        return samples
-
-    def _with_targets(self, x: Tensor, y: np.ndarray, name: str, classes: Sequence[Class] | None) -> _Samples:
-        if y.ndim == 0 or len(y) != len(x):
-            raise ValueError(f"targets {name} have shape {y.shape}: expected {len(x)} of them, one for every input")
-        if y.ndim <= 2 or (y.size == len(y) and y.dtype.kind not in "f"):
-            found = class_labels(y, name, classes)
-            return _Samples(x, torch.from_numpy(found.y), found.classes)
-        if y.ndim > 4 or y.dtype.kind not in "bf":
-            raise ValueError(
-                f"targets {name} have shape {y.shape} and dtype {y.dtype}: expected integer labels (n,) for "
-                f"classification, or float fields (n, H, W) or (n, c, H, W) for dense regression"
-            )
-        grid = (x.shape[2], x.shape[3])
-        targets = arranged(y, self._field_layout(y, grid, name), f"targets {name}", "data.y_channels", grid)
-        fields = kept(targets, self.fill, f"targets {name}", "data.fill", self.normalise)
-        return _Samples(x, fields if fields.is_floating_point() else fields.float())
-
-    def _field_layout(self, y: np.ndarray, grid: tuple[int, int], name: str) -> str | None:
-        """Where fields have their channels: as y_channels says, or else as channels does, unless the grid belies it."""
-        if self.y_channels is not None or y.ndim != 4 or self.channels not in ("first", "last"):
-            return self.y_channels
-        grids = {"first": y.shape[2:], "last": y.shape[1:3]}
-        other = "last" if self.channels == "first" else "first"
-        if grids[self.channels] != grid and grids[other] == grid:
-            raise ValueError(
-                f"targets {name} have shape {y.shape}; with their channels {self.channels}, as data.channels says, "
-                f"they would not be on the inputs' grid {grid}: set data.y_channels={other}"
-            )
-        return self.channels
+        known = train.targets.kind if train is not None else self.given_kind
+        classes = train.targets.classes if train is not None else self.given_classes
+        found = self.reading.targets(y, inputs, f"{y_name!r} of {file}", classes, known)
+        if train is not None and (found.kind != train.targets.kind or found.y.shape[1:] != train.targets.y.shape[1:]):
+            raise _unlike(found.y, train.targets.y, "targets")
+        return _Samples(inputs, found)
 
 
 _AS_IT_IS = Normaliser(torch.zeros(()), torch.ones(()))
-
-
-def pseudo_labels(x: Tensor, clusters: int, seed: int, side: int = 16) -> Tensor:
-    """K-means classes (n,) of the pixels of x (n, C, H, W), average-pooled to at most side × side.
-
-    Raises:
-        ValueError: for fewer than 2 clusters or more than samples.
-    """
-    if not 2 <= clusters <= len(x):
-        raise ValueError(f"clusters must lie between 2 and the number of samples {len(x)}, received {clusters}")
-    size = min(side, x.shape[-2]), min(side, x.shape[-1])
-    scaled = Normaliser.fit(x, "channel")  # no unit of a channel weighs more than another's
-    parts = [F.adaptive_avg_pool2d(scaled.encode(part), size).flatten(1) for part in x.split(chunk_of(x))]
-    from sklearn.cluster import KMeans  # here, because it takes a second
-
-    fitted = KMeans(clusters, n_init=1, random_state=seed).fit(torch.cat(parts).numpy())
-    return torch.from_numpy(fitted.labels_.astype(np.int64))
 
 
 def _fill_values(fill: float | str | Sequence[float] | None) -> tuple[float, ...] | None:

@@ -43,22 +43,25 @@ def check_inputs(parts: Loaded, inputs: Normaliser | None) -> list[str]:
 
 
 def check_targets(parts: Loaded, task: Task) -> list[str]:
-    """Notes on the fields of "train", "val" and "test".
+    """Notes on the targets of "train", "val" and "test".
 
     Raises:
-        ValueError: for fields that never vary, or that float32 cannot hold as they are.
+        ValueError: for fields, vectors, labels or pixels that never vary, or that float32 cannot hold as they are.
     """
     y = parts["train"][1]
     if task.kind == "classification":
         return []
+    if task.kind in ("multilabel", "segmentation"):
+        return _rare(parts, task)
+    if task.kind == "regression" and task.normaliser is not None:
+        note = _varying(y, task.normaliser, "targets")
+        return [] if note is None else [note]
     if task.normaliser is None:
         if y.dtype == torch.float64:
             raise ValueError("float32 cannot hold the fields as they are: set data.normalise=channel or pixel")
         notes: list[str | None] = []
     else:
-        if not (task.normaliser.std > 0).any():
-            raise ValueError("fields are the same in every training sample: there is nothing to learn")
-        notes = [_coarse(y, task.normaliser, "fields")]
+        notes = [_varying(y, task.normaliser, "fields")]
     norm = task.typical_norm or 0.0
     zero = {part: len(zero_fields(pair[1], norm)) for part, pair in parts.items()}
     if any(zero.values()):
@@ -68,6 +71,28 @@ def check_targets(parts: Loaded, task: Task) -> list[str]:
             f"relative to the norm of a typical training field"
         )
     return [note for note in notes if note is not None]
+
+
+def _varying(y: Tensor, statistics: Normaliser, name: str) -> str | None:
+    if not (statistics.std > 0).any():
+        raise ValueError(f"{name} are the same in every training sample: there is nothing to learn")
+    return _coarse(y, statistics, name)
+
+
+def _rare(parts: Loaded, task: Task) -> list[str]:
+    """Sentences on labels, or classes of pixels, that a part has not: nothing is learned or measured of these."""
+    count, what = task.output_shape[0], "labels" if task.kind == "multilabel" else "classes"
+    lacking = {}
+    for part, (_, y) in parts.items():
+        there = y.any(0) if task.kind == "multilabel" else torch.stack([(y == k).any() for k in range(count)])
+        lacking[part] = [str(k if task.classes is None else task.classes[k]) for k in range(count) if not there[k]]
+    if len(lacking["train"]) >= count - (task.kind == "segmentation"):
+        raise ValueError(f"the training samples have too few {what} to learn: {count - len(lacking['train'])}")
+    return [
+        f"{len(names)} of {count} {what} occur in no sample of {part}: {', '.join(names[:8])}"
+        for part, names in lacking.items()
+        if names
+    ]
 
 
 def _coarse(x: Tensor, statistics: Normaliser, name: str) -> str | None:

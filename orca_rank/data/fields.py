@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orca_rank.normaliser import AXES, Normaliser, chunk_of
+from orca_rank.normaliser import Normaliser, axes_of, chunk_of
 
 LAYOUTS = ("first", "last", "none", None)
 # Rounding to float32 may move a value by so much of its pixel's or channel's deviation; more, and float64 is kept.
@@ -51,6 +51,30 @@ def arranged(x: np.ndarray, channels: str | None, name: str, option: str, grid: 
                 f"channels='last': say which with {option}=first or {option}=last"
             )
     return x if channels == "first" else x.transpose(0, 3, 1, 2)
+
+
+def arranged_series(
+    x: np.ndarray, channels: str | None, name: str, option: str, grid: tuple[int, int] | None
+) -> np.ndarray:
+    """(n, L), (n, C, L) or (n, L, C) as (n, C, 1, L), a view; arguments and errors as in `arranged`, grid (1, L)."""
+    if x.ndim not in (2, 3) or 0 in x.shape:
+        raise ValueError(f"{name} have shape {x.shape}: expected series (n, L), (n, C, L) or (n, L, C)")
+    if x.ndim == 2:
+        return x[:, None, None]
+    if channels is None:
+        length = None if grid is None else grid[1]
+        if length in x.shape[1:] and x.shape[1] != x.shape[2]:
+            channels = "first" if x.shape[2] == length else "last"
+        elif x.shape[1] <= x.shape[2]:
+            channels = "first"
+        else:
+            raise ValueError(
+                f"{name} have shape {x.shape}: say with {option}=first or {option}=last which of the two numbers "
+                f"counts the channels of a series"
+            )
+    if channels == "none":
+        raise ValueError(f"{name} have shape {x.shape}, with {option}=none expected (n, L): set it to first or last")
+    return (x if channels == "first" else x.transpose(0, 2, 1))[:, :, None]
 
 
 def _plausible(shape: tuple[int, ...]) -> bool:
@@ -160,6 +184,6 @@ def _rounded(x: np.ndarray, per: str) -> Tensor:
     single = exact.float()
     for wide, narrow in zip(exact.split(chunk_of(exact)), single.split(chunk_of(exact)), strict=True):
         off = (narrow.double() - wide).abs().nan_to_num(0.0, posinf=torch.inf)
-        if (off.amax(AXES["pixel"]) > _ROUNDING * std).logical_and(std > 0).any():
+        if (off.amax(axes_of("pixel", off.ndim)) > _ROUNDING * std).logical_and(std > 0).any():
             return exact
     return single

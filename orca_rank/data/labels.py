@@ -41,17 +41,18 @@ def class_labels(y: np.ndarray, name: str, classes: Sequence[Class] | None = Non
         values = _values(y.reshape(len(y)), name)
         found = np.unique(values).tolist()
     if classes is None:
-        present = set(values.tolist())
+        present = set(np.unique(values).tolist())
         found = [label for label in found if label in present]
         _check_classes(found, len(y), name)
         classes = found
     place = {label: number for number, label in enumerate(classes)}
-    if unknown := [label for label in np.unique(values).tolist() if label not in place]:
+    known, where = np.unique(values, return_inverse=True)
+    if unknown := [label for label in known.tolist() if label not in place]:
         raise ValueError(
             f"class labels {name} have classes that the training data lack: {_some(unknown)}; those known are "
             f"{_some(classes)}"
         )
-    return Labels(np.array([place[label] for label in values.tolist()], dtype=np.int64), tuple(classes))
+    return Labels(np.array([place[label] for label in known.tolist()], dtype=np.int64)[where], tuple(classes))
 
 
 def renamed(classes: Sequence[Class]) -> bool:
@@ -77,7 +78,7 @@ def check_counts(y: Int[np.ndarray, " n"], classes: Sequence[Class], least: int,
             f"class labels {name} have {len(small)} class(es) of fewer than {least} samples: {shown}"
             f"{', …' if len(small) > 8 else ''}; a class needs {least}, to be trained on and measured: give more "
             f"samples, join classes or leave these out"
-            + (". Numbers to be predicted as such, a regression, are not a classification" if len(small) > 8 else "")
+            + (". Numbers to be predicted as such are a regression: set data.task=regression" if len(small) > 8 else "")
         )
 
 
@@ -112,8 +113,8 @@ def _values(y: np.ndarray, name: str) -> np.ndarray:
             bad = int(np.flatnonzero(fractional)[0])
             raise ValueError(
                 f"targets {name} have shape {y.shape} and dtype {y.dtype}: expected integer labels (n,) for "
-                f"classification, but number {bad} is {y[bad]}; one number a sample to be predicted as such is neither "
-                f"a class nor a field"
+                f"classification, but number {bad} is {y[bad]}; numbers to be predicted as such are a regression "
+                f"(data.task=regression), where data.fill=nan marks missing ones"
             )
     if kind == "u" and len(y) and y.max() > np.iinfo(np.int64).max:
         raise ValueError(f"class labels {name} are as large as {y.max()}: expected numbers below 2^63")
@@ -127,7 +128,7 @@ def _check_classes(found: Sequence[Class], count: int, name: str) -> None:
     if numbers and min(numbers) < 0 and numbers != [-1, 1]:
         raise ValueError(
             f"class labels {name} must be 0, 1, …; the smallest is {min(numbers)}. If it marks samples without a "
-            f"label, leave those out"
+            f"label, leave those out; where it marks such pixels of a segmentation, set data.fill={min(numbers)}"
         )
 
 

@@ -30,8 +30,9 @@ class Parts:
 
     Args:
         task: shapes, loss and metric.
-        train, val, test: (x, y) each; x as stored, (n, C, H, W) of any dtype, y int64 (n,) or floats (n, c, H, W) in
-            physical units: float32, or float64 where float32 cannot hold them.
+        train, val, test: (x, y) each; x as stored, (n, C, H, W) of any dtype, (n, C, 1, L) for series; y classes (n,)
+            or (n, H, W), booleans (n, labels), or floats (n, k) or (n, c, H, W) in physical units: float32, or float64
+            where float32 cannot hold them.
         encode: stored inputs (B, C', H, W) to the network's inputs, float32 (B, C, H, W).
         augment: random change of stored training inputs, drawn from the generator.
         inputs: the statistics that `encode` standardises by; None where it does not.
@@ -60,6 +61,8 @@ class InMemory(ABC):
         statistics: normalise inputs by these, as `statistics` of another module gave them, and not by their own: what
             new data for a fine-tuned model need. classes: what its classes 0, 1, … are called, `task.classes`.
 
+    Attributes: given_kind: of the task of such a model, by which targets are read where they could be several.
+
     Raises:
         ValueError: for a batch size below 1, or statistics that are none.
     """
@@ -76,6 +79,7 @@ class InMemory(ABC):
         self.batch_size, self.seed = batch_size, seed
         self.given = Normaliser.from_dict(statistics) if statistics else None
         self.given_classes = None if classes is None else tuple(classes)
+        self.given_kind: str | None = None
 
     @abstractmethod
     def load(self) -> Parts:

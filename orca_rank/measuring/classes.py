@@ -6,24 +6,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from orca_rank.normaliser import Normaliser
+from orca_rank.normaliser import Normaliser, chunk_of
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
+SIDE = 8  # cells a side that the class shares of a segmentation are taken in
 
 
 class Labeller:
-    """Class labels as they are; for dense targets the k-means cluster of the flattened field (ORCA, section 3.2).
+    """Class labels as they are; for other targets their k-means cluster (ORCA, section 3.2).
 
-    Fields are standardised per channel first, missing values (NaN) taken for the mean: the clusters depend on no unit.
+    Fields and vectors are standardised per channel or number first, missing values (NaN) taken for the mean: the
+    clusters depend on no unit. Labels of a multi-label task count as 0 and 1, a segmentation as the share of each class
+    in at most 8 × 8 cells.
 
     Args:
-        y: targets, (n,) integers or (n, c, H, W). clusters: k. seed: of k-means.
+        y: targets: (n,) integers, (n, k) or (n, c, H, W) floats, (n, labels) booleans or (n, H, W) classes, those below
+            0 unknown. clusters: k. seed: of k-means.
 
     Raises:
         ValueError: for fewer than one cluster.
@@ -33,11 +38,12 @@ class Labeller:
         if isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1:
             raise ValueError(f"align.clusters must be at least 1, received {clusters}")
         self.means: KMeans | MiniBatchKMeans | None = None
-        if y.is_floating_point():
+        if y.is_floating_point() or y.ndim > 1:
             from sklearn.cluster import KMeans, MiniBatchKMeans  # here, because it takes a second
 
             method = MiniBatchKMeans if len(y) > MINI_BATCH else KMeans
-            self.normaliser = Normaliser.fit(y, "channel")
+            self.normaliser = Normaliser.fit(y, "channel") if y.is_floating_point() else None
+            self.classes = 0 if self.normaliser is not None or y.ndim < 3 else 1 + int(y.max())
             self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(self._flat(y))
 
     def __call__(self, y: Tensor) -> Int[Tensor, " n"]:
@@ -46,4 +52,15 @@ class Labeller:
         return torch.from_numpy(self.means.predict(self._flat(y)).astype(np.int64))
 
     def _flat(self, y: Tensor) -> Float[np.ndarray, "n k"]:
-        return self.normaliser.encode(y).flatten(1).double().numpy()
+        if self.normaliser is not None:
+            return self.normaliser.encode(y).flatten(1).double().numpy()
+        if y.ndim == 2:
+            return y.double().numpy()
+        return torch.cat([class_shares(part, self.classes) for part in y.split(chunk_of(y))]).double().numpy()
+
+
+def class_shares(y: Int[Tensor, "n h w"], classes: int) -> Float[Tensor, "n k"]:
+    """The share of every class in each of at most SIDE × SIDE cells of a segmentation; classes below 0 are unknown."""
+    cells = min(SIDE, y.shape[1]), min(SIDE, y.shape[2])
+    shares = [F.adaptive_avg_pool2d((y == label).float(), cells).flatten(1) for label in range(classes)]
+    return torch.cat(shares, 1)

@@ -14,10 +14,10 @@ class TokenMean(nn.Module):
     """y = W mean_j(x_j) + b over the tokens j of the last stage.
 
     Args:
-        stages: of the body. output_shape: (classes,).
+        stages: of the body. output_shape: (classes,), (labels,) or (numbers,).
 
     Raises:
-        ValueError: for a field.
+        ValueError: for a field or a segmentation.
     """
 
     reads = (-1,)
@@ -26,8 +26,8 @@ class TokenMean(nn.Module):
         super().__init__()
         if len(output_shape) != 1:
             raise ValueError(
-                f"this predictor is for classes, the task asks for a field {output_shape}: set predictor=multiscale "
-                f"or predictor=orca"
+                f"this predictor is for classes, labels and vectors, the task asks for a field or a segmentation "
+                f"{output_shape}: set predictor=multiscale or predictor=orca"
             )
         self.fc = nn.Linear(stages.widths[-1], output_shape[0])
 

@@ -15,7 +15,8 @@ DEPTHS = 4  # blocks of a columnar ViT that are read
 
 
 def multiscale(stages: Stages, output_shape: tuple[int, ...], width: int = 48) -> nn.Module:
-    """For classes `StageMeans`, for fields `Pyramid`; of a columnar ViT they read four depths, evenly spread."""
+    """For classes, labels and vectors `StageMeans`, for fields and segmentations `Pyramid`; of a columnar ViT they read
+    four depths, evenly spread."""
     if len(output_shape) == 1:
         return StageMeans(stages, output_shape)
     return Pyramid(stages, output_shape, width)

@@ -13,7 +13,7 @@ from orca_rank.predictors.linear import TokenMean
 
 
 def orca(stages: Stages, output_shape: tuple[int, ...]) -> nn.Module:
-    """For classes the token mean and a linear map, for fields the dense decoder."""
+    """For classes, labels and vectors the token mean and a linear map; for fields and segmentations the decoder."""
     return TokenMean(stages, output_shape) if len(output_shape) == 1 else DenseDecoder(stages, output_shape)
 
 

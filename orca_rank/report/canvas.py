@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {  # matplotlib types its names one by one
 PAGE = 10.9  # inches, what fits the page without scrolling
 PIXELS = 144  # per inch; the page shows an inch as 96 of its own pixels, of which a screen has one or two
 Number = float
-_UPPER = ("l2", "mmd", "otdd")
+_UPPER = ("l2", "mmd", "otdd", "nmse", "mae", "iou", "f1")
 LETTER = 0.078  # inches, about what a letter takes
 
 

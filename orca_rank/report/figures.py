@@ -34,13 +34,16 @@ NUMBERED = 12  # marks with a number and a name in a legend; more have neither
 
 
 class Gallery(NamedTuple):
-    """Test samples of a dense task: inputs (n, h, w), targets and predictions (n, h', w'), metric (n,), a title."""
+    """Test samples with what was predicted of them: inputs (n, h, w), h = 1 for series; metric (n,); a title; the kind
+    of task. targets, predictions: fields (n, h', w'), classes (n, h', w'), vectors (n, k), or booleans and
+    probabilities (n, labels)."""
 
     inputs: np.ndarray
     targets: np.ndarray
     predictions: np.ndarray
     metric: list[float]
     input_label: str
+    kind: str = "dense"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 from orca_rank.evidence.compare import Estimate
 from orca_rank.report.canvas import words
-from orca_rank.report.figures import NUMBERED, Gallery, Point, comparison_figure, gallery_figure, learning_curves
+from orca_rank.report.figures import NUMBERED, Gallery, Point, comparison_figure, learning_curves
 from orca_rank.report.page import Page, cell
+from orca_rank.report.prediction_figures import caption, prediction_figure
 from orca_rank.report.results import Interval, Tune
 from orca_rank.report.sections import interval_text
 from orca_rank.report.tables import Group, Row, differing, groups
@@ -74,12 +75,7 @@ def _finetunes(page: Page, tunes: Sequence[Tune], baselines: Mapping[str, float]
 def predictions(page: Page, tag: str, gallery: Gallery) -> None:
     """Test samples as the fine-tune `tag` predicts them."""
     page.section("predictions", "Predictions")
-    page.figure(
-        "predictions",
-        gallery_figure(*gallery),
-        f"The first {len(gallery.metric)} test samples, predicted by {tag} (the best on validation). Target and "
-        f"prediction share a colour scale in each row; relative L2 errors: {', '.join(map(cell, gallery.metric))}.",
-    )
+    page.figure("predictions", prediction_figure(gallery), caption(gallery, tag))
 
 
 MEANS = (

@@ -110,7 +110,7 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
     objective = _name(config.align.objective)
     console.print(
         f"source: {len(source.features)} images, {len(source.labels.unique())} classes; target: {len(y)} images, "
-        f"{len(target.labels.unique())} {'clusters' if y.is_floating_point() else 'classes'}; objective {objective}"
+        f"{len(target.labels.unique())} {'classes' if labeller.means is None else 'clusters'}; objective {objective}"
     )
 
     def held_out() -> Distances:

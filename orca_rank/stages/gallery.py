@@ -13,10 +13,10 @@ from orca_rank.data import Data
 from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import load
+from orca_rank.measuring.passes import limited
 from orca_rank.report.figures import Gallery
+from orca_rank.report.prediction_figures import samples
 from orca_rank.stages.setup import ready
-
-_SAMPLES = 4
 
 
 def test_data(node: Mapping[str, Any], trust: Collection[str], where: str) -> Data:
@@ -27,19 +27,22 @@ def test_data(node: Mapping[str, Any], trust: Collection[str], where: str) -> Da
 
 @torch.inference_mode()
 def predictions(run_folder: Path, tag: str, data: Data, trust: Collection[str] = ()) -> Gallery:
-    """The first test samples as a fine-tune predicts them."""
+    """The first test samples as a fine-tune predicts them, of fields and inputs the first channel."""
     fitted = load(run_folder, tag, trust)
-    x, y = next(iter(data.test_dataloader()))
-    x, y = x[:_SAMPLES], y[:_SAMPLES]
-    raw = fitted.model(x)
+    task = fitted.task
+    batches = [(x, y, fitted.model(x)) for x, y in limited(data.test_dataloader(), samples(task.kind))]
+    x, y, raw = (torch.cat(parts) for parts in zip(*batches, strict=True))
     shown, label = x, "input, channel 1 (normalised)"
     if isinstance(data, InMemory):
         shown, label = data.parts.test[0][: len(x)], "input, channel 1" if x.shape[1] > 1 else "input"
     if isinstance(data, Darcy):
         label = "coefficient a"
-    metric = fitted.task.metric(raw, y).tolist()
-    inputs, targets, guesses = (field[:, 0].float().numpy() for field in (shown, y, fitted.task.decode(raw)))
-    return Gallery(inputs, targets, guesses, metric, label)
+    metric, guess = task.metric(raw, y).tolist(), task.decode(raw)
+    if task.kind == "dense":
+        y, guess = y[:, 0].float(), guess[:, 0].float()
+    elif task.kind == "segmentation":
+        y, guess = y.long(), guess.argmax(1)
+    return Gallery(shown[:, 0].float().numpy(), y.numpy(), guess.numpy(), metric, label, task.kind)
 
 
 def baselines(data: Data) -> dict[str, float]:

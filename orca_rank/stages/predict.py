@@ -31,10 +31,11 @@ def run(config: DictConfig) -> None:
     where config.data are others, predict/<tag>-<hash of the data>.npz for every sample of data.train, or of data.test
     where data.train is the file of the fine-tune.
 
-    Beside `prediction`, class scores (n, classes) or fields (n, c, H, W) in physical units: `label`, what the best
-    class is called; where the data have targets, `target` and the `metric` of each sample; `image`, the files of new
-    images. Inputs are normalised by the statistics of the fine-tune. A .json of the same name says what it was made
-    from. The fine-tune is chosen by finetune.tag; where there is only one, it may stay null.
+    Beside `prediction`, class scores (n, classes) or (n, classes, H, W), probabilities of labels (n, labels), or
+    vectors (n, k) or fields (n, c, H, W) in physical units, without H where inputs are series: `label`, what the best
+    class is called, or which labels are given; where the data have targets, `target` and the `metric` of each sample;
+    `image`, the files of new images. Inputs are normalised by the statistics of the fine-tune. A .json of the same name
+    says what it was made from. The fine-tune is chosen by finetune.tag; where there is only one, it may stay null.
 
     Raises:
         ValueError: other channels, fields or classes than the model was fine-tuned for, or a file of other options.
@@ -120,7 +121,10 @@ def predictions(
     arrays = {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
     if broken := int((~np.isfinite(arrays["prediction"])).reshape(len(arrays["prediction"]), -1).any(1).sum()):
         console.print(f"warning: {broken} of {len(arrays['prediction'])} predictions are not finite", soft_wrap=True)
-    if fitted.task.kind == "classification":
-        best = arrays["prediction"].argmax(1)
-        arrays["label"] = best if fitted.task.classes is None else np.array(fitted.task.classes)[best]
+    task = fitted.task
+    if (chosen := task.chosen(torch.from_numpy(arrays["prediction"]))) is not None:
+        named = task.classes is not None and task.kind != "multilabel"
+        arrays["label"] = np.array(task.classes)[chosen.numpy()] if named else chosen.numpy()
+    if task.series:  # (n, c, 1, L) and (n, 1, L): as files hold series
+        arrays |= {name: array.squeeze(-2) for name, array in arrays.items() if array.ndim > 2 and array.shape[-2] == 1}
     return arrays

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
@@ -20,7 +18,6 @@ from orca_rank.data import count
 from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.stages.setup import data_for, stage_folder
 from orca_rank.stages.trainer import device_of
-from orca_rank.task import Task
 
 console = Console()
 
@@ -77,7 +74,7 @@ def rank_losses(
         x, y = x.to(device), y.to(device)
 
         def losses(x: Tensor = x, y: Tensor = y) -> Tensor:
-            return image_losses(fitted.task, fitted.model(x), y).cpu()
+            return fitted.task.losses(fitted.model(x), y).cpu()
 
         full = losses()
         for name, layer in layers.items():
@@ -90,13 +87,6 @@ def rank_losses(
             found[name].append(torch.stack(rows))
         advance()
     return {"ranks": torch.arange(top + 1)} | {name: torch.cat(parts, dim=1) for name, parts in found.items()}
-
-
-def image_losses(task: Task, prediction: Tensor, target: Tensor) -> Float[Tensor, " b"]:
-    """The task's loss of every image: cross-entropy, or the relative L2 error after decoding."""
-    if task.kind == "classification":
-        return F.cross_entropy(prediction.float(), target, reduction="none")
-    return task.metric(prediction, target)
 
 
 def _switched_off(layer: DyLoRA, evaluate: Callable[[], Tensor]) -> Tensor:

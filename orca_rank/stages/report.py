@@ -66,7 +66,8 @@ def _report(config: DictConfig, path: Path) -> None:
             f"{path} has nothing to report: run `{found.command('all')}` for every stage, or one of them first, "
             f"such as `{found.command('measure')}`"
         )
-    best = next((tune for tune in found.tunes if tune.task.kind == "dense" and tune.folder.parent.parent == path), None)
+    drawn = (tune for tune in found.tunes if tune.task.kind != "classification" and tune.folder.parent.parent == path)
+    best = next(drawn, None)
     gallery, baselines = (None, {}) if best is None else _from_data(config, path, best)
 
     page = Page(f"orca_rank: {config.run}", sections.lead(found))
@@ -158,7 +159,8 @@ def _kept_gallery(path: Path, state: str) -> Gallery | None:
     with contextlib.suppress(DamagedFile), reading(path, "it is made again"), np.load(path) as kept:
         if str(kept["state"]) == state:
             fields = (kept["inputs"], kept["targets"], kept["predictions"])
-            return Gallery(*fields, kept["metric"].tolist(), str(kept["input_label"]))
+            kind = str(kept["kind"]) if "kind" in kept.files else "dense"
+            return Gallery(*fields, kept["metric"].tolist(), str(kept["input_label"]), kind)
     return None
 
 

@@ -158,8 +158,8 @@ def data_for(node: DictConfig | Mapping[str, Any], fitted: Fitted, part: str) ->
     """
     data, task = build(node), fitted.task
     if isinstance(data, InMemory):
-        data.given = fitted.inputs
-        if task.kind == "classification":
+        data.given, data.given_kind = fitted.inputs, task.kind
+        if task.kind in ("classification", "segmentation"):
             data.given_classes = task.classes or tuple(range(task.output_shape[0]))
     elif part == "all":
         raise ValueError(

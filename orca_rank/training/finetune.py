@@ -170,11 +170,14 @@ class FineTune(L.LightningModule):
         sizes, (rank, size, _) = sizes_of(loader), world()
         own = len(x) if sizes is None else sizes.own(batch_index, rank, size)
         prediction = self(x)
-        found = {self.task.metric_name: self.task.metric(prediction, y).mean()}
-        if self.task.kind == "classification":
-            found["cross_entropy"] = self.task.loss(prediction, y)
-        for name, value in found.items():
-            self.scores.setdefault(f"{split}/{name}", RunningMean()).add(value, own)
+        self._score(f"{split}/{self.task.metric_name}", self.task.metric(prediction, y).mean(), own)
+        for name, values in self.task.further(prediction, y).items():
+            there = ~values.isnan()  # of a sample whose target misses it there is none
+            mean = torch.where(there, values, 0.0).sum() / there.sum().clamp(min=1)
+            self._score(f"{split}/{name}", mean, int(there.sum()) if own else 0)
+
+    def _score(self, name: str, mean: Tensor, samples: int) -> None:
+        self.scores.setdefault(name, RunningMean()).add(mean, samples)
 
     def _log_scores(self) -> None:
         """The means over all samples, every one counted once, whichever process saw it."""
