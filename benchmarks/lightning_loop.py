@@ -35,8 +35,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from orca_rank.__main__ import CONF
-from orca_rank.backbone import adaptable_layers
 from orca_rank.data.module import InMemory, Parts
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages.planning import make_plan
 from orca_rank.stages.setup import build_model
 from orca_rank.stages.trainable import adapter_module, make_trainable

@@ -22,13 +22,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from orca_rank.artifacts.provenance import plain
-from orca_rank.backbone import adaptable_layers, create_model
+from orca_rank.backbone import create_model
 from orca_rank.build import build
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.gradients import collect_gradients
 from orca_rank.measuring.layers import Side, layer_gaps, measurements
+from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.options import GapOptions
-from orca_rank.measuring.passes import linear
 from orca_rank.ranks import Layer
 from orca_rank.task import Task
 
@@ -89,7 +89,7 @@ def main() -> None:
     model = create_model(config.backbone, task).eval()
     layers: list[Layer] = adaptable_layers(model.body, config.layers.target, "separate")
     modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
-    watched = {name: linear(model.body, name) for name in dict.fromkeys(modules.values())}
+    watched = {name: matrix_of(model.body, name) for name in dict.fromkeys(modules.values())}
     count = options.images
     batches = [
         (torch.randn(min(options.batch, count - i), 3, 224, 224), torch.randint(10, (min(options.batch, count - i),)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from orca_rank.measuring.passes import watch
 from orca_rank.predictors import Stages
 from orca_rank.predictors.orca import orca
-from orca_rank.ranks import Layer
 from orca_rank.task import Task
 from orca_rank.weights.file import load_weights
 
@@ -232,38 +230,3 @@ def source_model(backbone: Mapping[str, Any]) -> OrcaModel:
     embedder = Embedder(patch_embed, patch_embed.proj.in_channels, "pretrained")
     body.patch_embed = nn.Identity()
     return OrcaModel(embedder, body, nn.Identity()).requires_grad_(False).eval()
-
-
-def adaptable_layers(body: nn.Module, target: str, qkv: str = "fused") -> list[Layer]:
-    """The Linear modules of a body whose names match a regular expression.
-
-    Args:
-        target: regular expression, searched in module names such as layers.0.blocks.1.attn.qkv.
-        qkv: "fused" takes a matrix that holds q, k and v as one (3d, d) layer; "separate" as three (d, d) layers
-            named <module>.q, <module>.k and <module>.v.
-
-    Raises:
-        ValueError: for a bad expression or one that matches no Linear, or another `qkv`.
-    """
-    if qkv not in ("fused", "separate"):
-        raise ValueError(f"layers.qkv must be 'fused' or 'separate', received {qkv!r}")
-    try:
-        pattern = re.compile(target)
-    except re.error as error:
-        raise ValueError(f"layers.target is not a regular expression: {target!r} ({error})") from error
-    linear = {name: module for name, module in body.named_modules() if isinstance(module, nn.Linear)}
-    layers = []
-    for name, module in linear.items():
-        if not pattern.search(name):
-            continue
-        if qkv == "separate" and name.rpartition(".")[2] == "qkv":
-            third = module.out_features // 3
-            layers += [Layer(f"{name}.{part}", module.in_features, third) for part in "qkv"]
-        else:
-            layers.append(Layer(name, module.in_features, module.out_features))
-    if not layers:
-        raise ValueError(
-            f"layers.target={target!r} matches none of the body's {len(linear)} Linear modules, for example "
-            f"{', '.join(list(linear)[:4])}"
-        )
-    return layers

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from shared import apart
 from torch import nn
 
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.gradients import collect_gradients
+from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.spectra import (
     activation,
     intrinsic_dimension,
@@ -251,3 +254,54 @@ def test_upper_bound_holds_for_a_further_draw():
     assert above == pytest.approx(0.025, abs=0.01)
     with pytest.raises(ValueError, match="at least 2"):
         upper_bound([1.0])
+
+
+def test_a_1x1_convolution_is_measured_as_the_linear_of_every_pixel():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5, 7, dtype=torch.float64)  # (B, C, H, W)
+    conv = nn.Sequential(nn.Conv2d(4, 3, 1, stride=(2, 3)), nn.GELU(), nn.Conv2d(3, 2, 1)).double()
+    linear = nn.Sequential(nn.Linear(4, 3), nn.GELU(), nn.Linear(3, 2)).double()
+    for mine, theirs in ((conv[0], linear[0]), (conv[2], linear[2])):
+        theirs.weight.data, theirs.bias.data = mine.weight.flatten(1).detach(), mine.bias.detach()
+    seen = x[:, :, ::2, ::3].permute(0, 2, 3, 1)  # (B, 3, 3, C)
+    y = torch.zeros(6, dtype=torch.long)
+    both = []
+    for model, images, head in ((conv, x, lambda z: z.mean((2, 3))), (linear, seen, lambda z: z.mean((1, 2)))):
+        modules = {name: matrix_of(model, name) for name in ("0", "2")}
+        inputs, _ = collect(model, modules, [(images, y)], 6, tokens=6)
+        gradients = collect_gradients(
+            lambda z: z, lambda z, model=model, head=head: head(model(z)), F.cross_entropy, modules, [(images, y)], 6
+        )
+        both.append((inputs, gradients))
+    (inputs, gradients), (expected, slopes) = both
+    for name in ("0", "2"):
+        assert apart(inputs[name].pooled, expected[name].pooled) < 1e-6
+        assert apart(inputs[name].tokens, expected[name].tokens) < 1e-6
+        assert apart(gradients[name].mean(), slopes[name].mean()) < 1e-6
+        assert gradients[name].mean().norm() > 0
+    layers = adaptable_layers(conv, "0|2")
+    assert [(layer.name, layer.d_in, layer.d_out) for layer in layers] == [("0", 4, 3), ("2", 3, 2)]
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 3}, {"kernel_size": 1, "groups": 2},
+                                     {"kernel_size": 1, "padding": 1}])  # fmt: skip
+def test_other_convolutions_are_no_matrices(options):
+    with pytest.raises(TypeError, match="1 × 1 Conv2d"):
+        matrix_of(nn.Sequential(nn.Conv2d(4, 4, **options)), "0")
+    with pytest.raises(ValueError, match="matches none"):
+        adaptable_layers(nn.Sequential(nn.Conv2d(4, 4, **options)), "0")
+
+
+def test_inputs_by_name_and_without_targets():
+    model = nn.Linear(3, 2)
+    x = torch.randn(7, 5, 3)
+    batches = [({"x": x[:4], "mask": x[:4, :, 0]}, None), ({"x": x[4:], "mask": x[4:, :, 0]}, None)]
+    found, y = collect(lambda given: model(given["x"] * given["mask"][..., None]), {"layer": model}, batches, 6)
+    assert y is None
+    assert apart(found["layer"].pooled, (x * x[..., :1])[:6].mean(1)) < 1e-6
+
+
+def test_what_is_no_number_of_tokens_an_image_is_refused():
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"what reaches layer has shape \(5, 3\).*each of the 4 images"):
+        collect(lambda x: model(torch.ones(5, 3)), {"layer": model}, [(torch.ones(4, 3), None)], 4)

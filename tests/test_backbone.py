@@ -10,7 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from orca_rank.backbone import adaptable_layers, create_model, create_timm, source_model
+from orca_rank.backbone import create_model, create_timm, source_model
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.task import Normaliser, Task, relative_l2
 
 TINY = {

@@ -17,8 +17,8 @@ from shared import TINY_SWIN
 from orca_rank import load
 from orca_rank.__main__ import CONF
 from orca_rank.artifacts.files import write_json, write_tensors
-from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages import finetune, predict
 from orca_rank.training.finetune import FinetuneOptions
 

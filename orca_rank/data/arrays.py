@@ -36,7 +36,9 @@ class _Samples:
     @property
     def targets(self) -> Targets:
         if self.found is None:
-            raise ValueError("there are no targets: name them by the option y; without them data can only be predicted")
+            raise ValueError(
+                "there are no targets: name them by the option y; without them data can only be measured and predicted"
+            )
         return self.found
 
     def take(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -65,7 +67,7 @@ class Arrays(InMemory):
         test: the same for a separate test set. Null: test_fraction of the training file is held out; the same file
             again, with test_x and test_y, for npz files that hold both.
         x, y, test_x, test_y: names of the arrays inside the files, train/x for x in the group train; those of the test
-            set default to x and y. A file without y can be predicted, see `everything`.
+            set default to x and y. y null: without targets data can be measured and predicted, see `everything`.
         labels: "file" reads y. For images without labels: "kmeans" makes `clusters` pseudo-classes of the pixels
             (pooled to at most 16×16), "index" gives every sample its own class, which has no covariance within.
         clusters: number of pseudo-classes.
@@ -182,9 +184,15 @@ class Arrays(InMemory):
         samples = self._read(self.train, self.x, self.y, optional=True)
         return samples.x, None if samples.found is None else samples.found.y
 
+    @property
+    def labelled(self) -> bool:
+        return self.labels != "file" or self.y is not None
+
     def encoder(self) -> Encode:
         if self.normalise == "none":
             return _AS_IT_IS.encode
+        if not self.labelled:  # nothing is trained, so that no part of them is held out
+            return self.inputs(self.everything()[0], self.normalise).encode
         return self.given.encode if self.given is not None else self.parts.encode
 
     def _check_labels(self, targets: Targets) -> list[str]:

@@ -102,6 +102,11 @@ class InMemory(ABC):
         return self.task
 
     @property
+    def labelled(self) -> bool:
+        """Whether there are targets; without them data can be measured and predicted, whole, by `loader("all")`."""
+        return True
+
+    @property
     def contents(self) -> str | None:
         """A hash of the files that the data are read from; None for data that follow from the options."""
         return None

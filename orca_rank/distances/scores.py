@@ -86,6 +86,12 @@ def has_fast_route(metric: Metric) -> bool:
     return function is energy_distance or (function is sliced_wasserstein and options.get("p", 2) == 2)
 
 
+def reads_labels(metric: Metric) -> bool:
+    """Whether what a metric says depends on classes: it takes `y_label`, and is not told to leave the labels out."""
+    function, options = _unwrap(metric)
+    return "y_label" in inspect.signature(function).parameters and options.get("inner") != "none"
+
+
 def _unwrap(metric: Metric) -> tuple[Metric, dict[str, Any]]:
     """The function behind nested partials and their keyword options."""
     options: dict[str, Any] = {}
@@ -153,11 +159,11 @@ class GeneralScore:
     def __init__(
         self, metric: Metric, pooled: Float[np.ndarray, "images d"], labels: Int[np.ndarray, " images"]
     ) -> None:
-        function, options = _unwrap(metric)
+        function, _ = _unwrap(metric)
         self.metric = metric
         self.data, self.classes = torch.from_numpy(pooled.astype(np.float32)), torch.from_numpy(labels)
         self.needs_labels = "y_label" in inspect.signature(function).parameters
-        self.exchangeable = not self.needs_labels or options.get("inner") == "none"  # otdd without its label term
+        self.exchangeable = not reads_labels(metric)
 
     def between(self, groups: Sequence[Counts], pairs: Pairs) -> Float[np.ndarray, "draws pairs"]:
         values = np.empty((len(groups[0]), len(pairs)))

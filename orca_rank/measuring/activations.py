@@ -1,4 +1,4 @@
-"""One streaming pass over a frozen body: what reaches the input of every adaptable Linear.
+"""One streaming pass over a frozen body: what reaches the input of every adaptable layer.
 
 Memory is 4 bytes × (samples + tokens) × the sum of the widths, whatever the size of the dataset. The buffers are laid
 out once: small pieces kept between the large temporaries of a forward pass would tear the heap apart (5 × as much).
@@ -7,17 +7,18 @@ out once: small pieces kept between the large temporaries of a forward pass woul
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.measuring.passes import check_seen, limited, watch
+from orca_rank.measuring.matrices import inputs_of
+from orca_rank.measuring.passes import check_seen, count_of, limited, mapped, watch
 
 
 class Inputs(NamedTuple):
-    """What one Linear received.
+    """What one layer received.
 
     pooled: the mean over the tokens of each image, for gaps. tokens: a few tokens of each image at random places, for
     spectra, of the first p ≤ n images; the image stays the first axis because tokens of one image are correlated.
@@ -28,7 +29,7 @@ class Inputs(NamedTuple):
 
 
 def module_of(layer: str, body: nn.Module) -> str:
-    """The Linear behind a layer name: `<module>.q`, `.k` and `.v` are thirds of one fused matrix with one input."""
+    """The module behind a layer name: `<module>.q`, `.k` and `.v` are thirds of one fused matrix with one input."""
     parent, _, part = layer.rpartition(".")
     modules = dict(body.named_modules())
     if layer in modules:
@@ -39,31 +40,32 @@ def module_of(layer: str, body: nn.Module) -> str:
 
 
 def collect(
-    model: Callable[[Tensor], object],
+    model: Callable[[Any], object],
     modules: Mapping[str, nn.Module],
-    batches: Iterable[Sequence[Tensor]],
+    batches: Iterable[Sequence[Any]],
     samples: int,
     *,
     tokens: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda images: None,
-) -> tuple[dict[str, Inputs], Tensor]:
+) -> tuple[dict[str, Inputs], Tensor | None]:
     """Pass up to `samples` images through the model and keep what reaches each module.
 
     Args:
-        model: images (B, C, H, W) -> anything; run without gradients. modules: the Linears to watch, by name.
-        batches: (x, y, ...) batches, read only as far as needed. samples: images to keep.
+        model: images (B, C, H, W) -> anything; run without gradients. modules: the layers to watch, by name.
+        batches: (x, y, ...) batches as in `limited`, read only as far as needed. samples: images to keep.
         tokens: how many tokens to keep for spectra in all, the same number of each image (all, if it has fewer) and one
             of each of the first `tokens` where there are more images than that; 0 for none.
         seed: of the places of the tokens, drawn anew for every batch and module.
         advance: called with the number of images after every batch, for a progress bar.
 
     Returns:
-        module -> `Inputs` on the CPU, and the labels or fields y (n, ...).
+        module -> `Inputs` on the CPU, and the labels or fields y (n, ...), None where the batches have none.
 
     Raises:
-        ValueError: if there are no images, a module takes no part, or what reaches it holds NaN or infinity.
+        ValueError: if there are no images, a module takes no part, what reaches it cannot be told apart by image, or
+            holds NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
     each, bearers = max(1, tokens // samples), min(samples, tokens)  # tokens of an image, images that give some
@@ -75,7 +77,13 @@ def collect(
     def keep(
         name: str, x: Tensor, _: Tensor
     ) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
-        x = x.detach().reshape(images, -1, x.shape[-1]).float()
+        x = inputs_of(modules[name], x.detach())
+        if x.numel() % (images * x.shape[-1]):
+            raise ValueError(
+                f"what reaches {name} has shape {tuple(x.shape)}, which is not a number of tokens for each of the "
+                f"{images} images: leave it out"
+            )
+        x = x.reshape(images, -1, x.shape[-1]).float()
         if name not in pooled:
             pooled[name] = torch.empty(samples, x.shape[2])
             kept[name] = torch.empty(bearers, min(each, x.shape[1]), x.shape[2])
@@ -86,9 +94,10 @@ def collect(
 
     with watch(modules, keep) as names, torch.inference_mode():
         for x, y in limited(batches, samples):
-            images = len(x)
-            model(x.to(device))
-            labels.append(y.cpu())
+            images = count_of(x)
+            model(mapped(x, lambda values: values.to(device)))
+            if y is not None:
+                labels.append(y.cpu())
             count += images
             advance(images)
     if not count:
@@ -98,4 +107,4 @@ def collect(
         if not torch.isfinite(rows[:count]).all():
             raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")
     result = {name: Inputs(pooled[name][:count], kept[name][:count]) for name in modules}
-    return result, torch.cat(labels)
+    return result, torch.cat(labels) if labels else None

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from orca_rank.measuring.matrices import Matrix, inputs_of, outputs_of, weight_of
 from orca_rank.measuring.passes import check_seen, limited, watch
 from orca_rank.measuring.spectra import Decomposition, leading, upper_bound
 
@@ -74,7 +75,7 @@ def collect_gradients(
     embed: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
-    modules: Mapping[str, nn.Linear],
+    modules: Mapping[str, Matrix],
     batches: Iterable[Sequence[Tensor]],
     samples: int,
     *,
@@ -87,7 +88,7 @@ def collect_gradients(
 
     Args:
         embed: images -> tokens. head: tokens -> predictions, through the modules. loss: (prediction, y) -> the batch's
-            mean loss. modules: the Linears to watch. draws: sign draws of the null; memory is `draws` + 1 copies of the
+            mean loss. modules: the layers to watch. draws: sign draws of the null; memory is `draws` + 1 copies of the
             watched weights.
 
     Raises:
@@ -95,16 +96,15 @@ def collect_gradients(
     """
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
-    sums = {
-        name: Gradients((module.out_features, module.in_features), draws, device) for name, module in modules.items()
-    }
+    shapes = {name: weight_of(module).shape for name, module in modules.items()}
+    sums = {name: Gradients((shape[0], shape[1]), draws, device) for name, shape in shapes.items()}
     count = 0
 
     def seen(name: str, x: Tensor, output: Tensor) -> None:
-        x = x.detach()
+        x = inputs_of(modules[name], x.detach())
 
         def add(g: Tensor) -> None:  # windows of an image follow each other: (b nW, ...) -> (b, ...)
-            images = signs.shape[1]
+            images, g = signs.shape[1], outputs_of(modules[name], g)
             sums[name].add(
                 x.reshape(images, -1, x.shape[-1]).float(), g.reshape(images, -1, g.shape[-1]).float(), signs
             )

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from orca_rank.distances.calibrate import Calibrated, calibrate, family_p
 from orca_rank.distances.scores import Metric
-from orca_rank.measuring.activations import Inputs
+from orca_rank.measuring.activations import Inputs, collect
+from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.gradients import Gradients
+from orca_rank.measuring.matrices import matrix_of, weight_of
 from orca_rank.measuring.options import VARIANTS, GapOptions
-from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import SPECTRA, Dimension, Gap, Layer, Spectrum, WeightRank
 from orca_rank.measuring.spectra import Decomposition, activation, intrinsic_dimension, ot_map, transport, weight_rank
 
@@ -29,6 +31,25 @@ class Side(NamedTuple):
 
     inputs: dict[str, Inputs]
     labels: Int[np.ndarray, " n"]
+
+
+def take_side(
+    model: Callable[[Any], object],
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Sequence[Any]],
+    samples: int,
+    clusters: int,
+    *,
+    tokens: int,
+    seed: int,
+    device: torch.device,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Side:
+    """What images send to every module, see `collect`, and their classes: k-means clusters of targets that are no
+    classes, one class where there are no targets."""
+    inputs, y = collect(model, modules, batches, samples, tokens=tokens, seed=seed, device=device, advance=advance)
+    images = len(next(iter(inputs.values())).pooled)
+    return Side(inputs, np.zeros(images, np.int64) if y is None else Labeller(y, clusters, seed)(y).numpy())
 
 
 def layer_gaps(
@@ -99,7 +120,7 @@ def measurements(
     directions: dict[str, Tensor] = {}
     module, carried, active = "", None, None
     for layer in layers:
-        whole = linear(body, modules[layer.name]).weight.detach().cpu()
+        whole = weight_of(matrix_of(body, modules[layer.name])).detach().cpu()
         rows = _rows(layer.name, modules[layer.name], len(whole))
         if modules[layer.name] != module:  # q, k and v follow each other and share their input
             module = modules[layer.name]
@@ -197,9 +218,10 @@ def _rows(layer: str, module: str, outputs: int) -> slice:
 def _dimensions(body: nn.Module, target: Side) -> dict[str, Dimension]:
     """Intrinsic dimension of a module's inputs and of the next one's; the last module is followed by its own output."""
     names = list(target.inputs)
-    last = linear(body, names[-1])
+    last = matrix_of(body, names[-1])
     with torch.no_grad():
-        output = last(target.inputs[names[-1]].pooled.to(last.weight.device)).cpu()
+        pooled = target.inputs[names[-1]].pooled.to(last.weight)  # (n, d)
+        output = F.linear(pooled, weight_of(last), last.bias).float().cpu()
     found = [intrinsic_dimension(target.inputs[name].pooled) for name in names] + [intrinsic_dimension(output)]
     pairs = zip(names, found, found[1:], strict=False)
     return {name: Dimension(_short(before), _short(after)) for name, before, after in pairs}

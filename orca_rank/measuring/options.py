@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from orca_rank.distances.calibrate import standardise, whiten
-from orca_rank.distances.scores import Metric, check_metric, has_fast_route
+from orca_rank.distances.scores import Metric, check_metric, has_fast_route, reads_labels
 
 VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "standardised": standardise,
     "whitened": whiten,
 }
-MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", "gradient", "importance", "fisher")
+GRADIENTS = ("gradient", "importance", "fisher")  # of the loss of the target
+MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", *GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,27 @@ class GapOptions:
     def asks(self, *measurements: str) -> bool:
         """Whether one of these measurements is wanted."""
         return not self.measurements.isdisjoint(measurements)
+
+    @property
+    def labelled(self) -> list[str]:
+        """The metrics and measurements that need labels, as options name them."""
+        metrics = [f"metrics.{name}" for name, metric in self.metrics.items() if reads_labels(metric)]
+        return metrics + [f"measurements.{name}" for name in GRADIENTS if name in self.measurements]
+
+    def check_unlabelled(self, sides: Sequence[str]) -> None:
+        """Refuse what cannot be measured without labels.
+
+        Args:
+            sides: "source", "target" or further names, of the data that have no labels.
+
+        Raises:
+            ValueError: naming what is asked for.
+        """
+        if sides and (asked := self.labelled):
+            raise ValueError(
+                f"gap.{', gap.'.join(asked)} need labels, which the {' and the '.join(sides)} data do not have: leave "
+                f"them out, or give labels"
+            )
 
     def draws(self, metric: Metric) -> Draws:
         """How often images are drawn again for this metric."""

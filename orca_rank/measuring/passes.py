@@ -11,14 +11,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def limited(batches: Iterable[Sequence[Tensor]], limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) of the first `limit` images of (x, y, ...) batches, read only as far as needed."""
+def limited(batches: Iterable[Sequence[Any]], limit: int) -> Iterator[tuple[Any, Any]]:
+    """(x, y) of the first `limit` images of (x, y, ...) batches, read only as far as needed.
+
+    x is a tensor, or a mapping of tensors by the name of a model's argument; y a tensor, or None.
+    """
     seen = 0
     for x, y, *_ in batches:
-        yield x[: limit - seen], y[: limit - seen]
-        seen += len(x)
+        images = count_of(x)
+        rest = slice(min(limit - seen, images))
+        yield mapped(x, lambda values: values[rest]), None if y is None else y[rest]  # noqa: B023 (called at once)
+        seen += images
         if seen >= limit:
             return
+
+
+def count_of(x: Tensor | Mapping[str, Tensor]) -> int:
+    """How many images a batch has."""
+    return len(x if isinstance(x, Tensor) else next(iter(x.values())))
+
+
+def mapped(x: Tensor | Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
+    """A batch with every tensor of it changed."""
+    return change(x) if isinstance(x, Tensor) else {name: change(values) for name, values in x.items()}
 
 
 class Reads(TorchFunctionMode):
@@ -83,18 +98,6 @@ def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor]
     finally:
         for handle in handles:
             handle.remove()
-
-
-def linear(body: nn.Module, name: str) -> nn.Linear:
-    """The Linear of this name.
-
-    Raises:
-        TypeError: if the module is no Linear.
-    """
-    module = body.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{name} is a {type(module).__name__}; only Linear modules are measured")
-    return module
 
 
 def check_seen(modules: Mapping[str, nn.Module], names: set[str]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from orca_rank.artifacts.files import SCHEMA
 from orca_rank.measuring.records import LayerLike, as_layers, some
 from orca_rank.ranks.peft import lora_arguments
+from orca_rank.ranks.text import plan_text
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,16 @@ class Budget:
         return cls(**record)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankPlan:
-    """Layer name -> rank, with where it came from. Rank 0 means: no adapter here.
+    """Layer name -> rank, with where it came from. Rank 0 means: no adapter here. It prints itself as a table.
 
     Args:
         ranks: a non-negative integer per layer.
         rule, budget, options: the rule that made it, the budget it obeyed and the rule's options.
         allow_above_full: let a rank exceed min(d_in, d_out); otherwise `check` refuses it.
         measurement: hash of the measurement it was made from.
+        shapes: (d_in, d_out) of every layer, where they are known: what parameters are counted from in the table.
 
     Raises:
         TypeError: if a rank is not an integer. ValueError: if it is negative or a name is empty.
@@ -122,6 +125,7 @@ class RankPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     allow_above_full: bool = False
     measurement: str = ""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name, rank in self.ranks.items():
@@ -140,6 +144,9 @@ class RankPlan:
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def __repr__(self) -> str:
+        return plan_text(self.ranks, self.shapes, self.rule)
 
     @property
     def total_rank(self) -> int:
@@ -181,23 +188,36 @@ class RankPlan:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> RankPlan:
-        """Read what `to_dict` wrote.
+        """Read what `to_dict` wrote, or the content of a plan/plan.json, whose `layers` have a name and a rank each.
 
         Raises:
             ValueError: if it has no ranks or another schema version.
         """
-        if not isinstance(record.get("ranks"), Mapping):
-            raise ValueError(f'a rank plan needs "ranks": {{layer: rank}}, got the keys {sorted(record)}')
         if record.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"this rank plan has schema {record['schema']}, expected {SCHEMA}: make it again")
-        budget = record.get("budget")
+        ranks, shapes = record.get("ranks"), {}
+        if not isinstance(ranks, Mapping):
+            rows = record.get("layers")
+            if not isinstance(rows, list):
+                raise ValueError(
+                    f'a rank plan needs "ranks": {{layer: rank}} or "layers", got the keys {sorted(record)}'
+                )
+            if not all(isinstance(row, Mapping) and {"name", "rank"} <= set(row) for row in rows):
+                raise ValueError(
+                    'its "layers" need a name and a rank each, as stage=plan writes them to plan/plan.json'
+                )
+            ranks = {row["name"]: row["rank"] for row in rows}
+            shapes = {row["name"]: (int(row["d_in"]), int(row["d_out"])) for row in rows if {"d_in", "d_out"} <= {*row}}
+        budget, options = record.get("budget"), dict(record.get("options") or {})
         return cls(
-            ranks=dict(record["ranks"]),
-            rule=str(record.get("rule", "")),
+            ranks=dict(ranks),
+            rule=str(record.get("rule") or ""),
             budget=None if budget is None else Budget.from_dict(budget),
-            options=dict(record.get("options") or {}),
-            allow_above_full=bool(record.get("allow_above_full", False)),
-            measurement=str(record.get("measurement", "")),
+            options=options,
+            # plan.json says it among the options of the rule
+            allow_above_full=bool(record.get("allow_above_full", options.get("allow_above_full", False))),
+            measurement=str(record.get("measurement") or ""),
+            shapes=shapes,
         )
 
     def to_json(self) -> str:
@@ -213,6 +233,31 @@ class RankPlan:
         if not isinstance(record, dict):
             raise ValueError(f"a rank plan is a JSON object, got {text[:40]!r}")
         return cls.from_dict(record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RankPlan:
+        """The plan in a file: what stage=plan (plan/plan.json), stage=finetune (finetune/<tag>/ranks.json) or `to_json`
+        wrote, or a plain {layer: rank}.
+
+        Raises:
+            FileNotFoundError: if there is no such file. ValueError: if it is no plan.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"no rank plan at {source}: stage=plan writes plan/plan.json, stage=finetune finetune/<tag>/ranks.json"
+            )
+        try:
+            content = json.loads(source.read_text())
+        except ValueError as error:
+            raise ValueError(f"{source} is not JSON: {error}") from error
+        try:
+            if not isinstance(content, dict):
+                raise ValueError(f"expected an object {{layer: rank}}, got a {type(content).__name__}")
+            named = isinstance(content.get("ranks"), dict) or isinstance(content.get("layers"), list)
+            return cls.from_dict(content) if named else cls(content)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source} is no rank plan: {error}") from error
 
     def to_peft(self, alpha: float | None = None) -> dict[str, Any]:
         """The arguments of a PEFT `LoraConfig` that give every layer its own rank, and adapt nothing else.

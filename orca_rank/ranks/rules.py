@@ -5,7 +5,6 @@ Every rule is a function `(layers, budget, **options) -> RankPlan` of plain valu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,42 +118,16 @@ def from_file(
     path: str | Path | None = None,
     allow_above_full: bool = False,
 ) -> RankPlan:
-    """A plan from JSON: what `RankPlan.to_json`, stage=plan (plan/plan.json) or stage=finetune
-    (finetune/<tag>/ranks.json) wrote, or a plain {layer: rank}. No budget is applied.
+    """A plan from a file, see `RankPlan.load`. No budget is applied.
 
     Raises:
         FileNotFoundError: if there is no such file. ValueError: if it is not a plan of exactly these layers.
     """
     if path is None:
         raise ValueError("rank=from_file needs the path of a rank plan: set rank.path=<file.json>")
-    source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"no rank plan at {source}: stage=plan writes plan/plan.json, stage=finetune finetune/<tag>/ranks.json"
-        )
-    try:
-        content = json.loads(source.read_text())
-    except ValueError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
-    try:
-        plan = _plan_in(content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} is no rank plan: {error}") from error
-    options = {"path": str(source), "allow_above_full": allow_above_full}
+    plan = RankPlan.load(path)
+    options = {"path": str(Path(path)), "allow_above_full": allow_above_full}
     return RankPlan(plan.ranks, "from_file", None, options, allow_above_full or plan.allow_above_full).check(layers)
-
-
-def _plan_in(content: Any) -> RankPlan:
-    if not isinstance(content, dict):
-        raise ValueError(f"expected an object {{layer: rank}}, got a {type(content).__name__}")
-    if isinstance(content.get("ranks"), dict):
-        return RankPlan.from_dict(content)
-    if not isinstance(content.get("layers"), list):
-        return RankPlan(content)
-    entries = content["layers"]
-    if not all(isinstance(entry, dict) and {"name", "rank"} <= set(entry) for entry in entries):
-        raise ValueError('its "layers" need a name and a rank each, as stage=plan writes them to plan/plan.json')
-    return RankPlan({entry["name"]: entry["rank"] for entry in entries})
 
 
 def stable_rank(

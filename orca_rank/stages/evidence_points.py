@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from orca_rank.artifacts.provenance import plain, select
-from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
 from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages.setup import bare_model, outline
 
 # What every fine-tune of a task has in common; what a point chooses itself is not among it.

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -19,15 +19,15 @@ from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished, tidy
-from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
+from orca_rank.backbone import OrcaModel, create_model
 from orca_rank.build import build
 from orca_rank.data import Data, count
-from orca_rank.measuring.activations import Inputs, collect, module_of
-from orca_rank.measuring.classes import Labeller
+from orca_rank.data.module import InMemory
+from orca_rank.measuring.activations import Inputs, module_of
 from orca_rank.measuring.gradients import Gradients, collect_gradients
-from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements, placeholder
-from orca_rank.measuring.options import VARIANTS, GapOptions
-from orca_rank.measuring.passes import linear
+from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements, placeholder, take_side
+from orca_rank.measuring.matrices import adaptable_layers, matrix_of
+from orca_rank.measuring.options import GRADIENTS, VARIANTS, GapOptions
 from orca_rank.measuring.records import Gap, Layer
 from orca_rank.options import whole
 from orca_rank.stages.layer_table import gap_table, nulls
@@ -59,8 +59,7 @@ def check_options(config: DictConfig) -> GapOptions:
     check_model(config)
     whole("align.clusters", config.align.clusters)
     options = gap_options(config.gap)
-    for node in (config.data, config.source, *config.measure.compare.values()):
-        build(node)
+    options.check_unlabelled([name for name, node in _nodes(config).items() if not _labelled(build(node))])
     make_plan(config, [placeholder(options, layer) for layer in bare_layers(config)[1]])
     return options
 
@@ -82,7 +81,7 @@ def run(config: DictConfig) -> None:
     made_from["contents"] = contents(
         config, "data", "source", "backbone", *(f"measure.compare.{name}" for name in config.measure.compare)
     )
-    if any(config.gap.measurements[name] for name in ("gradient", "importance", "fisher")):
+    if options.asks(*GRADIENTS):
         made_from["predictor"] = plain(config.predictor.module)  # gradients pass through it
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
 
@@ -117,17 +116,17 @@ class Pass:
         """Images through embedder and body: what reaches every watched module, `tokens` of it for spectra."""
         model, loader, samples = self._ready(model, data)
         modules = {module: model.body.get_submodule(module) for module in watched}
-        inputs, y = collect(
+        return take_side(
             lambda x: model.body(model.embedder(x)),
             modules,
             loader,
             samples,
+            self.clusters,
             tokens=tokens,
             seed=self.seed,
             device=self.device,
             advance=self.bar(f"images: {name}", samples),
         )
-        return Side(inputs, Labeller(y, self.clusters, self.seed)(y).numpy())
 
     def gradients(self, model: OrcaModel, data: Data, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
         """The target's loss at the start of fine-tuning, backward to every watched module."""
@@ -136,7 +135,7 @@ class Pass:
             model.embedder,
             model.head,
             data.task.loss,
-            {module: linear(model.body, module) for module in watched},
+            {module: matrix_of(model.body, module) for module in watched},
             loader,
             samples,
             draws=draws,
@@ -151,17 +150,16 @@ class Pass:
 
     def _ready(self, model: OrcaModel, data: Data) -> tuple[OrcaModel, DataLoader[Any], int]:
         seed_everything(self.seed)  # the order of the images, whatever ran before
-        loader = data.train_dataloader()
+        loader = data.train_dataloader() if _labelled(data) else cast(InMemory, data).loader("all", shuffle=True)
         return model.eval().to(self.device), loader, min(self.samples, count(loader))
 
 
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     seed = int(config.seed)
     seed_everything(seed)
-    nodes = {"source": config.source, "target": config.data}
-    nodes |= {f"compare/{name}": node for name, node in config.measure.compare.items()}
+    nodes = _nodes(config)
     sets = {name: _ready(node, options.batch_size) for name, node in nodes.items()}
-    model = build_model(config, sets["target"].task).eval().requires_grad_(False)
+    model = build_model(config, _task(sets["target"])).eval().requires_grad_(False)
     layers = adaptable_layers(model.body, config.layers.target, config.layers.qkv)
     modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
     watched = list(dict.fromkeys(modules.values()))
@@ -192,7 +190,7 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
         source = side("source", source_side(resolve_backbone(config), seed, sets["source"]), tokens)
         target = side("target", model, tokens)
         gradients = None
-        if options.asks("gradient", "importance", "fisher"):
+        if options.asks(*GRADIENTS):
             through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
             gradients = unfinished.part(
                 "gradients", passing.gradients, through, sets["target"], watched, options.sign_draws
@@ -205,7 +203,7 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
             if not key.startswith("compare/"):
                 continue
             torch.manual_seed(seed)
-            other = side(key, create_model(resolve_backbone(config), sets[key].task, config.embedder.init), 0)
+            other = side(key, create_model(resolve_backbone(config), _task(sets[key]), config.embedder.init), 0)
             found = gaps(key, other)
             name = key.partition("/")[2]
             records = [replace(layer, gap=found[modules[layer.name]]).to_dict() for layer in layers]
@@ -220,6 +218,25 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     }
     write_json(folder / "layers.json", payload, config=made_from, inputs=used)
     unfinished.drop()
+
+
+def _nodes(config: DictConfig) -> dict[str, DictConfig]:
+    """The data that are measured: source, target, compare/<name>."""
+    compared = {f"compare/{name}": node for name, node in config.measure.compare.items()}
+    return {"source": config.source, "target": config.data, **compared}
+
+
+def _labelled(data: Data) -> bool:
+    return getattr(data, "labelled", True)
+
+
+def _task(data: Data) -> Task:
+    """The task of the data; without targets, one of their shape whose predictor nothing passes through."""
+    if _labelled(data):
+        return data.task
+    x, _ = next(iter(cast(InMemory, data).loader("all")))
+    channels, height, width = x.shape[1:]
+    return Task("classification", (channels, height, width), (1,))
 
 
 def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
@@ -259,9 +276,9 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
 
 def _ready(node: DictConfig, batch_size: int | None) -> Data:
     """A data module, ready for its training loader, with this batch size where it has one."""
-    if batch_size is None or "batch_size" not in node:
-        return ready(node)
-    return ready(node, batch_size=batch_size)
+    options = {} if batch_size is None or "batch_size" not in node else {"batch_size": batch_size}
+    data: Data = build(node, **options)
+    return ready(node, **options) if _labelled(data) else data
 
 
 def _print(layers: Sequence[Layer]) -> None:

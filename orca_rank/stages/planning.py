@@ -12,8 +12,8 @@ from torch import nn
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_record
 from orca_rank.artifacts.provenance import plain
-from orca_rank.backbone import adaptable_layers
 from orca_rank.build import build
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.measuring.options import GapOptions
 from orca_rank.ranks import Budget, Layer, RankPlan, averaged
 from orca_rank.stages.setup import stage_folder

@@ -20,11 +20,12 @@ from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import contents_hash, key, plain, select
 from orca_rank.artifacts.unfinished import tidy
-from orca_rank.backbone import OrcaModel, adaptable_layers, create_model, create_timm, source_model
+from orca_rank.backbone import OrcaModel, create_model, create_timm, source_model
 from orca_rank.build import build
 from orca_rank.data import Data
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import Fitted
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.options import flag, one_of
 from orca_rank.processes import first
 from orca_rank.ranks import Layer

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from orca_rank.adapters import adapters
+from orca_rank.measuring import matrices
 from orca_rank.measuring.activations import module_of
-from orca_rank.measuring.passes import linear
 from orca_rank.measuring.records import Layer
 
 
@@ -36,7 +36,7 @@ def update_of(body: nn.Module, layers: Sequence[Layer], injected: bool) -> Calla
 
 
 def weight_of(body: nn.Module, layer: str) -> Tensor:
-    """The matrix of a layer, detached: a whole Linear, or the third of a fused one that q, k or v is."""
+    """The matrix of a layer, detached: a whole one, or the third of a fused one that q, k or v is."""
     module = module_of(layer, body)
-    weight = linear(body, module).weight.detach()
+    weight = matrices.weight_of(matrices.matrix_of(body, module)).detach()
     return weight if module == layer else weight.chunk(3)["qkv".index(layer.rpartition(".")[2])]
