@@ -92,8 +92,7 @@ class Embedded(InMemory):
 
         A body from scratch (pretrained=False) has no source of its own: tokens of the right shape will do for it.
         """
-        (height, width), (down, right) = embedder.image_size, embedder.proj.stride
-        shape = (height // down) * (width // right), embedder.proj.out_channels
+        shape = embedder.grid[0] * embedder.grid[1], embedder.width
         tokens = self.arrays["tokens"]  # (p, N, d) or (p, h, w, d)
         fits = (np.prod(tokens.shape[1:-1]), tokens.shape[-1]) == shape
         if not fits or (pretrained and str(self.arrays["embedder"]) != weights_hash(embedder)):

@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.backbone import OrcaModel, adaptable_layers, create_model
+from orca_rank.backbone import OrcaModel, create_model
 from orca_rank.data.checks import check_inputs, check_targets
 from orca_rank.data.module import InMemory, Parts, check_fraction, check_whole
 from orca_rank.data.reaction_diffusion import random_field
+from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.predictors import Stages
 from orca_rank.predictors.multiscale import multiscale
 from orca_rank.task import Normaliser, Task, typical_norm
@@ -127,7 +128,7 @@ def plant(model: OrcaModel, pattern: str, rank: int, strength: float, seed: int)
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in adaptable_layers(model.body, pattern):
-        weight = model.body.get_submodule(layer.name).weight
+        weight = matrix_of(model.body, layer.name).weight
         b, a = (torch.randn(shape, generator=generator) for shape in ((layer.d_out, rank), (rank, layer.d_in)))
         update = b @ a  # (d_out, d_in)
-        weight += strength * weight.norm() / update.norm() * update.to(weight)
+        weight += strength * weight.norm() / update.norm() * update.to(weight).view_as(weight)

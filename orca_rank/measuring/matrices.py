@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from orca_rank.measuring.records import Layer
 
 Matrix = nn.Linear | nn.Conv2d
+# Networks that make position biases: they see coordinates, not tokens.
+POSITIONS = re.compile(r"(rel_pos|meta_mlp|cpb_mlp|rpe_mlp|pos_embed|pos_block)")
 
 
 def is_matrix(module: nn.Module) -> TypeGuard[Matrix]:
@@ -51,7 +53,8 @@ def outputs_of(module: nn.Module, y: Tensor) -> Float[Tensor, "*n d_out"]:
 
 
 def adaptable_layers(body: nn.Module, target: str, qkv: str = "fused", option: str = "layers.target") -> list[Layer]:
-    """The matrices of a body whose names match a regular expression, in the body's own order.
+    """The matrices of a body whose names match a regular expression, in the body's own order; networks of position
+    biases aside.
 
     Args:
         target: regular expression, searched in module names such as layers.0.blocks.1.attn.qkv.
@@ -69,7 +72,11 @@ def adaptable_layers(body: nn.Module, target: str, qkv: str = "fused", option: s
         pattern = re.compile(target)
     except re.error as error:
         raise ValueError(f"{option} is not a regular expression: {target!r} ({error})") from error
-    found = {name: module for name, module in body.named_modules() if name and is_matrix(module)}
+    found = {
+        name: module
+        for name, module in body.named_modules()
+        if name and is_matrix(module) and not POSITIONS.search(name)
+    }
     layers = []
     for name, module in found.items():
         if not pattern.search(name):

@@ -63,7 +63,7 @@ class Reads(TorchFunctionMode):
 
 
 @contextmanager
-def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor], None]) -> Iterator[set[str]]:
+def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Any], None]) -> Iterator[set[str]]:
     """Call seen(name, input, output) whenever one of the modules has run, or its weight has been read for `F.linear`.
 
     timm's SwinV2, BEiT and EVA-02 never call ``attn.qkv``, so that a hook on it alone is never run.
@@ -74,15 +74,15 @@ def watch(modules: Mapping[str, nn.Module], seen: Callable[[str, Tensor, Tensor]
     inside: set[str] = set()
     names: set[str] = set()
 
-    def note(name: str, x: Tensor, output: Tensor) -> None:
+    def note(name: str, x: Tensor, output: Any) -> None:
         names.add(name)
         seen(name, x, output)
 
-    def before(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def before(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _, given: inside.add(name)
 
-    def after(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def after(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             inside.discard(name)
             note(name, given[0], output)
 

@@ -20,7 +20,7 @@ from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import contents_hash, key, plain, select
 from orca_rank.artifacts.unfinished import tidy
-from orca_rank.backbone import OrcaModel, create_model, create_timm, source_model
+from orca_rank.backbone import OrcaModel, body_of, create_model, create_timm, source_model
 from orca_rank.build import build
 from orca_rank.data import Data
 from orca_rank.data.module import InMemory
@@ -205,7 +205,7 @@ def bare_layers(config: DictConfig) -> tuple[nn.Module, list[Layer]]:
     """
     with torch.device("meta"):
         body = create_timm({**plain(config.backbone), "pretrained": False})
-    body.patch_embed = nn.Identity()
+    body = body_of(body)
     return body, adaptable_layers(body, config.layers.target, config.layers.qkv)
 
 

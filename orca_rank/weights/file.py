@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def _read(path: Path) -> State:
     """The state dict in a file, out of its wrappers, floats as float32."""
-    from timm.models import load_state_dict  # here: backbone.py says what timm may import
+    from timm.models import load_state_dict  # here: backbone/the_timm.py says what it may import
 
     check_size(path, "weights", (path.stat().st_size,), 1)
     what = f"it is not a safetensors file or a torch state dict of plain tensors: {_MEND}"
