@@ -17,12 +17,13 @@ from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import OrcaModel, weights_hash
-from orca_rank.build import build
+from orca_rank.build import build, targets
 from orca_rank.data.module import InMemory
 from orca_rank.data.shares import share
 from orca_rank.options import number, one_of, read
 from orca_rank.processes import agreed, first, first_alone, world
 from orca_rank.ranks import RankPlan
+from orca_rank.stages.continued import go_on_from
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import (
     MODEL_SECTIONS,
@@ -98,6 +99,8 @@ def check_options(config: DictConfig) -> FinetuneOptions:
     values = plain(config.finetune)
     check_optimizer(values.pop("optimizer"), "finetune.optimizer")
     values.pop("tag")
+    _source(config)
+    values.pop("from")
     number("adapter.lr_ratio", config.adapter.get("lr_ratio"), above=0, null=True)
     module = config.adapter.get("module") or {}
     if "alpha" in module:
@@ -155,6 +158,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     audit(model, config.embedder, config.predictor.frozen_on_purpose)
     if injected:
         probe_adapters(model, task.input_shape)
+    if (source := _source(config)) is not None:
+        go_on_from(model, source, task, targets(config))
     update = update_of(model.body, layers, injected) if options.keep_update else None
     counts = count_parameters(model, injected)
     if plan is not None:
@@ -251,9 +256,29 @@ def _write_model(
     write_tensors(folder / "model.safetensors", tensors)
 
 
+def _source(config: DictConfig) -> Path | None:
+    """The folder of the fine-tune that finetune.from names.
+
+    Raises:
+        ValueError: if it is this one's, or this one has no adapters to go on with.
+    """
+    name = config.finetune["from"]
+    if name is None:
+        return None
+    folder = stage_folder(config, "finetune") / str(name)
+    if config.adapter.method != "inject" or folder.name != str(name) or str(name) == str(config.finetune.tag):
+        raise ValueError(
+            f"finetune.from={name}: expected the folder of another fine-tune of this run, and adapter=lora to go on "
+            f"with"
+        )
+    return folder
+
+
 def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any] | None) -> list[Path]:
     """The files of earlier stages that the result depends on."""
     inputs = [aligned_embedder(config)] if config.embedder.aligned else []
+    if (source := _source(config)) is not None:
+        inputs += [source / "metrics.json", source / "model.safetensors"]
     measured = stage_folder(config, "measure")
     module = config.adapter.get("module") or {}
     if module.get("concentration") == "gaps" or (plan is not None and plan.measurement):

@@ -1,0 +1,84 @@
+"""finetune.from: begin where another fine-tune ended, cut to other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from shared import TINY_SWIN, apart
+
+from orca_rank import load
+from orca_rank.adapters import adapters, cut
+from orca_rank.build import build
+from orca_rank.stages import finetune
+
+TINY = (
+    "data=digits",
+    "data.train_limit=60",
+    "data.test_limit=40",
+    "data.batch_size=16",
+    "predictor=linear",
+    *TINY_SWIN,
+    r"layers.target='(attn\.qkv|mlp\.fc1)$'",
+    "embedder.aligned=false",
+    "finetune.epochs=1",
+    "finetune.warmup_epochs=0",
+    "finetune.optimizer.lr=0.01",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+)
+# A rate at which nothing moves: what the fine-tune ends with is what it began with.
+STILL = ("finetune.optimizer.lr=1e-30", "finetune.optimizer.weight_decay=0", "finetune.tag=later")
+
+
+def outputs(config: DictConfig, tag: str, ranks: dict[str, int] | int | None = None) -> torch.Tensor:
+    fitted = load(Path(config.paths.runs) / config.run, tag=tag)
+    if ranks is not None:
+        names = adapters(fitted.model.body)
+        cut(fitted.model.body, dict.fromkeys(names, ranks) if isinstance(ranks, int) else ranks)
+    x = torch.cat([x for x, _ in build(config.data).loader("val")])
+    with torch.inference_mode():
+        return fitted.model(x)
+
+
+@pytest.mark.parametrize("scaling", ["lora", "constant"])
+def test_a_nested_adapter_is_cut_to_the_new_ranks(composed: Callable[..., DictConfig], scaling: str) -> None:
+    first = composed(*TINY, "rank=uniform", "rank.r=4", "adapter=dylora", "finetune.tag=nested")
+    finetune.run(first)
+    options = (f"adapter.module.scaling={scaling}", "finetune.from=nested", "rank=uniform", "rank.r=2")
+    finetune.run(composed(*TINY, *options, *STILL))
+    assert apart(outputs(first, "later"), outputs(first, "nested", 2)) < 1e-5
+
+
+def test_plain_lora_becomes_its_best_approximation_or_stays(composed: Callable[..., DictConfig]) -> None:
+    first = composed(*TINY, "rank=uniform", "rank.r=4", "finetune.tag=high")
+    finetune.run(first)
+    options = ("finetune.from=high", "rank=uniform")
+    finetune.run(composed(*TINY, *options, "rank.r=6", *STILL))
+    assert apart(outputs(first, "later"), outputs(first, "high")) < 1e-5
+    finetune.run(composed(*TINY, *options, "rank.r=2", *STILL, "finetune.tag=low"))
+    run = Path(first.paths.runs) / first.run
+    high, low = (adapters(load(run, tag=name).model.body) for name in ("high", "low"))
+    for name, adapter in low.items():
+        whole = high[name].delta_weight().detach()
+        left = (whole - adapter.delta_weight().detach()).norm()
+        assert float(left) == pytest.approx(float(torch.linalg.svdvals(whole)[2:].norm()), rel=1e-3, abs=1e-6)
+    metrics = json.loads((run / "finetune/low/metrics.json").read_text())
+    assert any(name.endswith("high/model.safetensors") for name in metrics["inputs"])
+
+
+def test_what_cannot_be_gone_on_from_is_refused(composed: Callable[..., DictConfig]) -> None:
+    finetune.run(composed(*TINY, "adapter=linear_probe", "finetune.tag=probe"))
+    for options, error, message in (
+        (("finetune.from=gone",), FileNotFoundError, "gone"),
+        (("finetune.from=../x",), ValueError, "the folder of another fine-tune"),
+        (("finetune.from=probe", "adapter=full"), ValueError, "adapter=lora to go on with"),
+        (("finetune.from=probe",), ValueError, "from a fine-tune with adapters"),
+        (("finetune.from=later",), ValueError, "another fine-tune"),
+    ):
+        with pytest.raises(error, match=message):
+            finetune.run(composed(*TINY, "finetune.tag=later", *options))
