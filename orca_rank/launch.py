@@ -134,6 +134,8 @@ def _one(own: dict[str, str], work: Callable, arguments: tuple[Any, ...], report
     except Exception as error:
         sender.send(report(error))
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is held any more
 
 
 def _follow(parent: Any) -> None:
