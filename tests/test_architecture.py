@@ -26,6 +26,7 @@ FLOORS = (
     ("data", "report"),
     ("fitted", "training"),
     ("stages",),
+    ("api",),
     ("__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
