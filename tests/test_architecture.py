@@ -27,7 +27,7 @@ FLOORS = (
     ("data", "report"),
     ("fitted", "training"),
     ("stages",),
-    ("job",),
+    ("api", "job"),
     ("__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
@@ -63,6 +68,23 @@ def test_a_damaged_cache_says_so(tmp_path):
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="delete the file"):
         generate(2, folder=tmp_path, **SMALL)
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_makes_data_and_runs_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begin')\n"
+        "from orca_rank.data.darcy import generate\n"
+        "data = generate(33, folder='made', workers=2, grid=16, stride=1)\n"
+        "import sys\n"
+        "assert sys.modules['__main__'].data is data\n"
+        "print(data.metadata['workers'], data.solution.shape)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(darcy_data.__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["begin", "2 (33, 16, 16)"]
 
 
 @pytest.mark.parametrize("options", [{"grid": 3}, {"stride": 0}, {"mode": "fem"}, {"workers": 0}, {"n": 0}])

@@ -22,7 +22,7 @@ from orca_rank.data.darcy_data import DarcyArrays, generate, read_mat, subsample
 from orca_rank.data.darcy_field import gaussian_field, sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve, solve_all
 from orca_rank.data.mat_files import grid_of
-from orca_rank.data.module import InMemory, Parts, check_choice, check_fraction, check_whole
+from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
 from orca_rank.data.splits import stratified_order, take_validation
 from orca_rank.task import Normaliser, Task, relative_l2, typical_norm
 
@@ -175,6 +175,9 @@ class Darcy(InMemory):
             torch.cat([torch.from_numpy(self.arrays(part)[i])[:, None] for part in ("train", "test")]) for i in (0, 1)
         )
         return x, y
+
+    def encoder(self) -> Encode:
+        return self.parts.encode if self.given is None else WithCoordinates(self.given)
 
 
 def coarse_solve(a: Float[np.ndarray, "n k k"], grid: int | None = None, stride: int = 1) -> Float[np.ndarray, "n k k"]:

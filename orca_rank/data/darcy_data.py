@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,8 +139,7 @@ def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: boo
             for start in starts:
                 keep(start, sample_pairs(start, min(_CHUNK, n - start), parameters))
         else:
-            # "spawn": forking a process that already runs threads (BLAS, torch) can deadlock.
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(workers, mp_context=_Spawned()) as pool:
                 jobs = {pool.submit(sample_pairs, s, min(_CHUNK, n - s), parameters): s for s in starts}
                 for job in as_completed(jobs):
                     keep(jobs[job], job.result())
@@ -150,6 +151,26 @@ def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: boo
         "workers": workers,
     }
     return DarcyArrays(a, u, metadata)
+
+
+class _Worker(SpawnProcess):
+    """A process that does not run the script that started it: work here is found by import, and a script without
+    `if __name__ == "__main__"` would start workers of its own."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")  # without a file to run
+        try:
+            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]  # the hook of multiprocessing's own
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Spawned(SpawnContext):
+    """Spawns its workers, for forking a process that already runs threads (BLAS, torch) can deadlock."""
+
+    Process = _Worker
 
 
 def _write(path: Path, data: DarcyArrays) -> None:

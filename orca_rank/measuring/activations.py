@@ -92,7 +92,7 @@ def collect(
             place = torch.randperm(x.shape[1], generator=generator)[: kept[name].shape[1]]
             kept[name][count : count + giving] = x[:giving, place.to(x.device)]
 
-    with watch(modules, keep) as names, torch.inference_mode():
+    with watch(modules, keep) as names, torch.no_grad():  # no inference mode: a model may keep what it makes
         for x, y in limited(batches, samples):
             images = count_of(x)
             model(mapped(x, lambda values: values.to(device)))

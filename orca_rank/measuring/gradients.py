@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,7 +77,7 @@ def collect_gradients(
     head: Callable[[Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     modules: Mapping[str, Matrix],
-    batches: Iterable[Sequence[Tensor]],
+    batches: Iterable[Sequence[Any]],
     samples: int,
     *,
     draws: int = 8,

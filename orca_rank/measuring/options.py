@@ -104,25 +104,22 @@ class GapOptions:
         """Whether one of these measurements is wanted."""
         return not self.measurements.isdisjoint(measurements)
 
-    @property
-    def labelled(self) -> list[str]:
-        """The metrics and measurements that need labels, as options name them."""
-        metrics = [f"metrics.{name}" for name, metric in self.metrics.items() if reads_labels(metric)]
-        return metrics + [f"measurements.{name}" for name in GRADIENTS if name in self.measurements]
-
     def check_unlabelled(self, sides: Sequence[str]) -> None:
         """Refuse what cannot be measured without labels.
 
         Args:
-            sides: "source", "target" or further names, of the data that have no labels.
+            sides: of the data that have no labels: "source", "target", or a further target.
 
         Raises:
             ValueError: naming what is asked for.
         """
-        if sides and (asked := self.labelled):
+        asked = [f"gap.metrics.{name}" for name, metric in self.metrics.items() if sides and reads_labels(metric)]
+        if "target" in sides:
+            asked += [f"gap.measurements.{name}" for name in GRADIENTS if name in self.measurements]
+        if asked:
             raise ValueError(
-                f"gap.{', gap.'.join(asked)} need labels, which the {' and the '.join(sides)} data do not have: leave "
-                f"them out, or give labels"
+                f"{', '.join(asked)} need labels, which the {' and the '.join(sides)} data do not have: leave them "
+                f"out, or give labels"
             )
 
     def draws(self, metric: Metric) -> Draws:

@@ -1,6 +1,7 @@
 """Rank plans: pure functions from measurements and a budget to a rank per layer."""
 
 from orca_rank.measuring.records import Layer
+from orca_rank.ranks.apply import apply
 from orca_rank.ranks.controls import only, recommended
 from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, RankPlan
@@ -29,6 +30,7 @@ __all__ = [
     "MissingMeasurement",
     "RankPlan",
     "activation",
+    "apply",
     "averaged",
     "beta_bernoulli",
     "fisher",

@@ -1,8 +1,8 @@
-"""A rank plan as a table of plain text."""
+"""Tables of plain text with a row a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from orca_rank.ranks.peft import THIRD
 
@@ -22,15 +22,19 @@ def plan_text(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], r
             lines.append((name, f"{d_in} × {d_out}", shown, f"{_parameters(members, ranks, shapes):,}"))
         else:
             lines.append((name, shown))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rows = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]  # fmt: skip
     adapted = sum(rank > 0 for rank in ranks.values())
     total = f"rule {rule or 'given'}: {adapted} of {len(ranks)} layers adapted, total rank {sum(ranks.values()):,}"
-    return "\n".join([*rows, total + (f", {_parameters(ranks, ranks, shapes):,} parameters" if known else "")])
+    return "\n".join([aligned(lines), total + (f", {_parameters(ranks, ranks, shapes):,} parameters" if known else "")])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns as wide as they need, the first to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        rows.append("  ".join([line[0].ljust(widths[0]), *cells[1:]]).rstrip())
+    return "\n".join(rows)
 
 
 def together(names: Iterable[str]) -> dict[str, list[str]]:

@@ -159,7 +159,7 @@ def _fit(config: DictConfig, module: Align, folder: Path, checkpoint: Path | Non
             Keep(folder, "loss", patience=options.patience, min_delta=options.min_delta),
         ],
         max_epochs=options.epochs,
-        accumulate_grad_batches=len(module.target.labels.unique()) if options.schedule == "orca" else 1,
+        accumulate_grad_batches=module.batches_a_step,
         reload_dataloaders_every_n_epochs=1,
     )
     module.embedder.train()

@@ -276,7 +276,7 @@ def _embedder_at_hand(config: DictConfig) -> DictConfig:
 
 def _ready(node: DictConfig, batch_size: int | None) -> Data:
     """A data module, ready for its training loader, with this batch size where it has one."""
-    options = {} if batch_size is None or "batch_size" not in node else {"batch_size": batch_size}
+    options: dict[str, Any] = {} if batch_size is None or "batch_size" not in node else {"batch_size": batch_size}
     data: Data = build(node, **options)
     return ready(node, **options) if _labelled(data) else data
 

@@ -15,7 +15,7 @@ from orca_rank.artifacts.provenance import plain
 from orca_rank.build import build
 from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.measuring.options import GapOptions
-from orca_rank.ranks import Budget, Layer, RankPlan, averaged
+from orca_rank.ranks import Budget, Layer, RankPlan, apply
 from orca_rank.stages.setup import stage_folder
 
 
@@ -52,26 +52,10 @@ def read_layers(path: Path) -> list[Layer]:
 def make_plan(config: DictConfig, layers: Sequence[Layer]) -> RankPlan:
     """The configured rule applied to the layers, their measurements shared as layers.group says, under the configured
     budget, checked against them, and with the hash of the measurements where there are any that it may have read."""
-    budget = budget_of(config.budget)
-    plan: RankPlan = build(config.rank)(averaged(layers, config.layers.group), budget)
-    plan.check(layers)
-    if budget is not None and plan.budget is not None:  # a rule that knows its ranks uses none
-        _within(budget, layers)
+    plan = apply(build(config.rank), layers, budget_of(config.budget), config.layers.group)
     path = stage_folder(config, "measure") / "layers.json"
     blind = plan.rule in ("uniform", "from_file") or not path.exists()
     return plan if blind else replace(plan, measurement=file_hash(path))
-
-
-def _within(budget: Budget, layers: Sequence[Layer]) -> None:
-    """Refuse a budget that full ranks in all layers would not spend."""
-    full = sum(layer.full_rank * cost for layer, cost in zip(layers, budget.unit_costs(layers), strict=True))
-    if budget.allowed(layers) > full:
-        name = next(name for name in ("mean_rank", "total_rank", "parameters") if getattr(budget, name) is not None)
-        most = full / len(layers) if name == "mean_rank" else full
-        raise ValueError(
-            f"budget.{name}={getattr(budget, name):g}: expected a number of at most {most:g}, the full rank of all "
-            f"{len(layers)} layers; adapter=full trains them whole"
-        )
 
 
 def gap_options(node: DictConfig) -> GapOptions:

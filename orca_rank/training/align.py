@@ -137,6 +137,11 @@ class Align(L.LightningModule):
         self.batches: list[list[int]] = []
         self.mean = RunningMean()
 
+    @property
+    def batches_a_step(self) -> int:
+        """Batches whose gradients an optimiser step adds up: with schedule="orca" all of an epoch."""
+        return len(self.target.labels.unique()) if self.options.schedule == "orca" else 1
+
     def train_dataloader(self) -> DataLoader:
         """Made anew each epoch, from the epoch's own seed, so that a resumed run sees the same batches."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.trainer.current_epoch)

@@ -1,0 +1,286 @@
+"""The calibrated gap of every layer of any model, between any two kinds of batches."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orca_rank.api.batches import Batch, batches_of, empty
+from orca_rank.api.gaps import Gaps
+from orca_rank.distances import (
+    bures_wasserstein,
+    energy_distance,
+    mmd,
+    otdd,
+    proxy_a_distance,
+    sliced_wasserstein,
+)
+from orca_rank.distances.scores import Metric
+from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.layers import Side, layer_gaps, take_side
+from orca_rank.measuring.layers import measurements as measure_others
+from orca_rank.measuring.matrices import adaptable_layers, matrix_of
+from orca_rank.measuring.options import GRADIENTS, GapOptions
+from orca_rank.measuring.passes import mapped
+from orca_rank.measuring.records import Gap, Layer
+
+# As conf/gap/all.yaml has them.
+METRICS: dict[str, Metric] = {
+    "mmd": mmd,
+    "sliced": partial(sliced_wasserstein, projections=32),
+    "energy": energy_distance,
+    "bures": bures_wasserstein,
+    "wasserstein": partial(otdd, inner="none", outer="exact"),
+    "otdd": partial(otdd, inner="gaussian", outer="exact"),
+    "proxy_a": proxy_a_distance,
+}
+
+
+def measure(
+    model: nn.Module,
+    source: Any,
+    target: Any,
+    layers: str,
+    *,
+    metrics: Sequence[str] | Mapping[str, Metric] = ("mmd", "sliced"),
+    measurements: Sequence[str] = ("weight",),
+    qkv: str = "fused",
+    target_model: nn.Module | None = None,
+    loss: Callable[[Any, Tensor], Tensor] | None = None,
+    samples: int = 256,
+    batch_size: int = 32,
+    clusters: int = 10,
+    seed: int = 0,
+    **options: Any,
+) -> Gaps:
+    """How far source and target are apart at the input of every layer, on one scale for all layers: the same figures
+    as stage=measure, see `orca_rank.distances.calibrate`. The image is the unit of every interval and p-value.
+
+    Tokens of an image are averaged, so a layer must receive (images, ..., d), or windows (images · windows, ..., d)
+    with the image outermost, and every image must pass by itself: both are checked on the first batch. The model runs
+    in evaluation mode, where it is, and is left as it was found.
+
+    Args:
+        model: any module, such as timm's or transformers', called as model(x), or model(**x) for named tensors.
+        source, target: a DataLoader or another iterable of batches; or one tensor or array of images (n, ...). A batch
+            is x; (x,) or (x, y, ...); or a dict with x, image or images, or else with the names of the model's own
+            arguments (pixel_values, input_ids), and labels, label, y, target or targets. Only so many batches are read
+            as `samples` asks for. Labels y are classes (n,), or targets of which k-means clusters are taken. Only the
+            gap otdd and the measurements of gradients need them; where there are some, halves are drawn by class.
+        layers: regular expression, searched in the names of the model's Linear modules and 1 × 1 convolutions.
+        metrics: names among mmd, sliced, energy, bures, wasserstein, otdd and proxy_a, or name -> a function
+            (x (n, d), y (m, d)) -> number.
+        measurements: what rules other than those of gaps read: weight, ot_map, activation, intrinsic_dimension, and
+            with a `loss` gradient, importance and fisher.
+        qkv: "fused" takes a Linear called qkv as the one layer that it is, "separate" as the three <name>.q, .k and .v.
+        target_model: what the target passes through where that is another model of the same layers, such as one with an
+            embedder of its own.
+        loss: (output, y) -> the batch's mean loss at the target, for measurements of gradients.
+        samples: images of each side, at least 8. batch_size: of a tensor or array. clusters: of targets that are no
+            classes. seed: of every draw.
+        options: further ones of the config group gap: splits, bootstrap, permutations, slow, variants, tokens,
+            null_splits, sign_draws, components.
+
+    Returns:
+        a `Gaps`: a table of `Layer` records that `orca_rank.plan` takes.
+
+    Raises:
+        TypeError: for loaders or batches of another form. ValueError: for an option that means nothing, layers that
+            match nothing or take no part, an empty loader, labels that are missing, a model that does not take the
+            batches, or one in which images do not pass by themselves.
+    """
+    other = model if target_model is None else target_model
+    asked = _options(metrics, measurements, loss, samples=samples, batch_size=batch_size, **options)
+    records = adaptable_layers(model, layers, qkv, option="layers")
+    modules = {layer.name: module_of(layer.name, model) for layer in records}
+    watched = list(dict.fromkeys(modules.values()))
+    _check_like(model, other, watched)
+    sides = {"source": (model, source), "target": (other, target)}
+    tokens = asked.tokens if asked.asks("ot_map", "activation") else 0
+    with as_found(*{id(one): one for one in (model, other)}.values()):
+        read = {side: _opened(data, batch_size, side) for side, (_, data) in sides.items()}
+        asked.check_unlabelled([side for side, (first, _) in read.items() if first.y is None])
+        for side, (first, _) in read.items():
+            _check_alone(_call(sides[side][0], side), _watched(sides[side][0], watched), first, side)
+        found: dict[str, Side] = {}
+        for side, (_, batches) in read.items():
+            through = sides[side][0]
+            found[side] = take_side(
+                _call(through, side),
+                _watched(through, watched),
+                batches,
+                samples,
+                clusters,
+                tokens=tokens,
+                seed=seed,
+                device=device_of(through),
+            )
+        gradients = None
+        if loss is not None and asked.asks(*GRADIENTS):
+            gradients = _gradients(other, loss, target, watched, asked, seed)
+    pair = found["source"], found["target"]
+    gaps: dict[str, dict[str, Gap]] = {module: {} for module in watched}
+    for name, metric in asked.metrics.items():
+        for module, one in layer_gaps(name, metric, asked, seed, *pair).items():
+            gaps[module] |= one
+    measured, _ = measure_others(asked, seed, records, modules, other, *pair, gradients)
+    measured = [replace(layer, gap=gaps[modules[layer.name]]) for layer in measured]
+    return Gaps(measured, *(len(found[side].labels) for side in ("source", "target")))
+
+
+def layers(model: nn.Module, layers: str, *, qkv: str = "fused") -> list[Layer]:
+    """The layers of a model that a rule such as `uniform` can share ranks among without anything measured.
+
+    Args: as in `measure`.
+
+    Raises:
+        ValueError: for a bad expression, or one that matches nothing.
+    """
+    return adaptable_layers(model, layers, qkv, option="layers")
+
+
+@contextlib.contextmanager
+def as_found(*models: nn.Module) -> Iterator[None]:
+    """Models in evaluation mode for as long as the block runs; each module is then in the mode that it was in."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes.
+
+    Raises:
+        ValueError: if it has no weights yet, or they are on several devices.
+    """
+    places = {values.device for values in itertools.chain(model.parameters(), model.buffers())}
+    if torch.device("meta") in places:
+        raise ValueError("the model has weights on the meta device, which hold no numbers: load its weights first")
+    if len(places) > 1 and not hasattr(model, "hf_device_map"):
+        raise ValueError(f"the model is on several devices ({', '.join(sorted(map(str, places)))}): move it to one")
+    return next(iter(values.device for values in model.parameters()), torch.device("cpu"))
+
+
+def _options(
+    metrics: Sequence[str] | Mapping[str, Metric],
+    measurements: Sequence[str],
+    loss: Callable[[Any, Tensor], Tensor] | None,
+    **options: Any,
+) -> GapOptions:
+    if isinstance(metrics, str) or isinstance(measurements, str):
+        raise ValueError(f"metrics and measurements are lists of names, received {metrics!r} and {measurements!r}")
+    if not isinstance(metrics, Mapping):
+        if unknown := [name for name in metrics if name not in METRICS]:
+            raise ValueError(f"metrics has {', '.join(map(str, unknown))}; there are {', '.join(METRICS)}")
+        metrics = {name: METRICS[name] for name in metrics}
+    asked = GapOptions.from_dict({**options, "measurements": dict.fromkeys(measurements, True)}, metrics)
+    if asked.asks(*GRADIENTS) and loss is None:
+        raise ValueError(f"measurements={list(measurements)} needs a loss: pass loss=(output, y) -> the mean loss")
+    return asked
+
+
+def _check_like(model: nn.Module, other: nn.Module, watched: Sequence[str]) -> None:
+    theirs = dict(other.named_modules())
+    for name in watched:
+        own = matrix_of(model, name).weight.shape
+        if name not in theirs or getattr(theirs[name], "weight", torch.empty(0)).shape != own:
+            raise ValueError(f"target_model has no layer {name} of shape {tuple(own)}: it must have the model's layers")
+    for one in (model, other):
+        device_of(one)
+
+
+def _watched(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    return {name: matrix_of(model, name) for name in names}
+
+
+def _opened(data: Any, batch_size: int, side: str) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, to look at, and all batches."""
+    batches = batches_of(data, batch_size, side)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(empty(side))
+    return first, itertools.chain([first], batches)
+
+
+def _call(model: nn.Module, side: str) -> Callable[[Any], Any]:
+    """The model as a function of images, in its own precision, with an error that says what it was given."""
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def fitting(values: Tensor) -> Tensor:
+        return values.to(kind) if values.is_floating_point() else values
+
+    def call(x: Any) -> Any:
+        x = mapped(x, fitting)
+        try:
+            return model(x) if isinstance(x, Tensor) else model(**x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AssertionError) as error:
+            given = {name: tuple(v.shape) for name, v in x.items()} if isinstance(x, dict) else tuple(x.shape)
+            raise ValueError(
+                f"the model does not take the {side} batches, x {given}: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+
+    return call
+
+
+def _check_alone(call: Callable[[Any], Any], modules: Mapping[str, nn.Module], batch: Batch, side: str) -> None:
+    """Pass a batch forwards and backwards: what reaches a layer from an image must not depend on its place.
+
+    Raises:
+        ValueError: naming a layer where it does.
+    """
+    device = next(iter(modules.values())).get_parameter("weight").device
+    x = mapped(batch.x, lambda values: values[:16])
+    pooled = [
+        collect(call, modules, [(mapped(x, turn), None)], 16, device=device)[0]
+        for turn in (lambda values: values, lambda values: values.flip(0))
+    ]
+    for name, module in modules.items():
+        forward, backward = (one[name].pooled.double() for one in pooled)  # (b, d)
+        noise = 1e3 * torch.finfo(module.get_parameter("weight").dtype).eps
+        spread = float((forward - forward.mean(0)).norm())
+        if float((forward - backward.flip(0)).norm()) > 0.1 * spread + noise * float(forward.norm()):
+            raise ValueError(
+                f"what reaches {name} from a {side} image depends on the images beside it, or is random: a layer must "
+                f"receive (images, ..., d) with the image as its first axis (as with batch_first=True), and the model "
+                f"in evaluation mode must not mix images; leave it out of layers, or measure a model that does so"
+            )
+
+
+def _gradients(
+    model: nn.Module,
+    loss: Callable[[Any, Tensor], Tensor],
+    target: Any,
+    watched: Sequence[str],
+    asked: GapOptions,
+    seed: int,
+) -> dict[str, Gradients]:
+    if isinstance(target, Iterator):
+        raise ValueError("gradients need a second pass over the target: give a DataLoader or a list, not a generator")
+
+    def images(x: Any) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError("gradients are measured for batches of one tensor x of floats; this target has others")
+        return x
+
+    pairs = ((images(x), y) for x, y in batches_of(target, asked.batch_size or 32, "target"))
+    modules = {name: matrix_of(model, name) for name in watched}
+    return collect_gradients(
+        lambda x: x, _call(model, "target"), loss, modules, pairs, asked.samples,
+        draws=asked.sign_draws, seed=seed, device=device_of(model),
+    )  # fmt: skip
