@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from orca_rank.artifacts.damaged import reading
-from orca_rank.report.canvas import COLOURS, INK, grid, styled, words
+from orca_rank.report.canvas import COLOURS, INK, LETTER, grid, styled, words
 from orca_rank.report.page import Page, cell
 from orca_rank.report.results import Tune
 from orca_rank.task import Task
 
 NAME = "rank_curve"
+TRAINED_ALONE = "LoRA trained at that rank alone"
 Rows = Sequence[Mapping[str, float]]
 
 
@@ -34,18 +35,19 @@ def nested_figure(curves: Mapping[str, Rows], separate: Sequence[tuple[int, floa
     Args:
         curves: tag -> rows of rank_curve.csv. separate: see `separate_runs`.
     """
-    figure, ((axis,),) = grid([5.2], [3.0], left=0.9)
+    longest = max(len(name) for name in (*curves, TRAINED_ALONE))
+    figure, ((axis,),) = grid([5.2], [3.0], left=0.9, right=0.6 + LETTER * longest)  # the legend stands beside
     for (tag, rows), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
         axis.plot([row["rank"] for row in rows], [row["test"] for row in rows], "o-", color=colour, label=tag, ms=4)
     if separate:
         ranks, errors = zip(*separate, strict=True)
-        axis.plot(ranks, errors, "o", color=INK, mfc="none", markersize=8, label="LoRA trained at that rank alone")
+        axis.plot(ranks, errors, "o", color=INK, mfc="none", markersize=8, label=TRAINED_ALONE)
     axis.set_xscale("log", base=2)
     shown = sorted({int(row["rank"]) for rows in curves.values() for row in rows} | {rank for rank, _ in separate})
     ticks = [rank for rank in shown if rank & (rank - 1) == 0]
     axis.set(xlabel="rank of every layer", ylabel=f"test {words(task.metric_name)}", xticks=ticks, xticklabels=ticks)
     axis.minorticks_off()
-    axis.legend()
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
