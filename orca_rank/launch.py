@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -147,7 +147,7 @@ def _stop(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _failure(processes: list[BaseProcess], ends: list[Any]) -> ProcessFailed:
+def _failure(processes: Sequence[BaseProcess], ends: list[Any]) -> ProcessFailed:
     """What went wrong first, as far as can be told: a process that was killed, what the user can mend, or else a bug;
     that the others lost their connection follows from it."""
     for process in processes:
@@ -168,7 +168,7 @@ def _report(end: Any) -> tuple[str, str, bool] | None:
     return None
 
 
-def _end(processes: list[BaseProcess]) -> None:
+def _end(processes: Sequence[BaseProcess]) -> None:
     for process in processes:
         if process.exitcode is None:
             process.terminate()

@@ -12,14 +12,14 @@ from orca_rank.data.module import Batches
 
 
 class Sizes(NamedTuple):
-    """The samples of every batch of a loader: `batch_size`, and in the last one what is left of `count`."""
+    """The samples of every batch of a loader: `batch_size`, and in the last one what is left of `samples`."""
 
-    count: int
+    samples: int
     batch_size: int
 
     def batch(self, index: int) -> int:
         """Samples of batch 0, 1, …, over all processes."""
-        return min(self.batch_size, self.count - index * self.batch_size)
+        return min(self.batch_size, self.samples - index * self.batch_size)
 
     def own(self, index: int, rank: int, size: int) -> int:
         """Those of them that process `rank` of `size` sees; 0 where there are fewer samples than processes."""
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 
 def sizes_of(loader: Any) -> Sizes | None:
     """The sizes of a loader's batches; None where they are not known beforehand."""
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     if type(batches) not in (BatchSampler, Shares):
         return None
     return Sizes(len(batches.sampler), batches.batch_size)
@@ -70,8 +70,9 @@ def share(loader: DataLoader, rank: int, size: int) -> DataLoader:
         )
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, Batches):
-        dataset = copy.copy(dataset)  # with the same generator of draws
-        dataset.share = slice(rank, None, size)
+        own = copy.copy(dataset)  # with the same generator of draws
+        own.share = slice(rank, None, size)
+        dataset = own
     else:
         batches = Shares(loader.sampler, loader.batch_size, loader.drop_last, rank, size)
     return DataLoader(

@@ -22,7 +22,8 @@ class SharedPaths:
         self.draws = torch.Generator()
         for module in model.modules():
             if isinstance(module, DropPath):
-                module.forward = partial(self._drop, module)  # no hook: those keep adapters from their fast paths
+                # No hook: those keep adapters from their fast paths.
+                module.forward = partial(self._drop, module)  # type: ignore[method-assign]  # of this instance
 
     def begin(self, seed: int, count: int, device: torch.device) -> None:
         """Before a batch of `count` samples in all: draw what one process draws after torch.manual_seed(seed)."""
