@@ -10,7 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from orca_rank.backbone.families import body_of, channels_of, embedder_of, family_of, has_own_size, image_size, stages_of
+from orca_rank.backbone.families import (
+    body_of,
+    channels_of,
+    embedder_of,
+    family_of,
+    has_own_size,
+    image_size,
+    stages_of,
+)
 from orca_rank.backbone.model import OrcaModel
 from orca_rank.backbone.the_timm import timm
 from orca_rank.predictors import Stages
