@@ -1,6 +1,6 @@
 """Which families of timm's vision transformers work, tried on one model of each, without weights or numbers.
 
-    python benchmarks/families.py                       # writes docs/families.md, two minutes of one core
+    python benchmarks/families.py                       # writes docs/families.md, a few minutes
     python benchmarks/families.py --only Hiera SAM      # those whose name holds a word, to the screen alone
 
 A model goes through the shapes of its tensors alone (PyTorch's meta device): embedder, body and predictor are made for

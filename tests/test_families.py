@@ -107,16 +107,16 @@ def test_every_target_goes_through_and_every_adapter_learns(family: str, task: s
 def test_from_plan_to_predict(composed: Callable[..., DictConfig], tmp_path: Path, family: str) -> None:
     """Fields of two channels that are not square; aligned to digits, measured, planned, fine-tuned and predicted."""
     random = np.random.default_rng(0)
-    x = random.standard_normal((24, 2, 12, 20)).astype(np.float32)
+    x = random.standard_normal((50, 2, 12, 20)).astype(np.float32)
     np.savez(tmp_path / "mine.npz", x=x, y=x[:, :1] + 0.5 * x[:, 1:])
     name, options = TINY[family]
     config = composed(
-        "data=arrays", "data.train=mine.npz", f"paths.data={tmp_path}", "source=digits", "source.train_limit=24",
+        "data=arrays", "data.train=mine.npz", f"paths.data={tmp_path}", "source=digits", "source.train_limit=60",
         f"backbone.name={name}", "backbone.pretrained=false", "backbone.options=null",
         *(f"+backbone.options.{key}={list(value) if isinstance(value, tuple) else value}"
           for key, value in options.items()),
-        "align.epochs=1", "align.source_samples=24", "rank=proportional", "budget.mean_rank=1", "finetune.epochs=1",
-        "gap.samples=16", "data.batch_size=8", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
+        "align.epochs=1", "align.source_samples=50", "rank=proportional", "budget.mean_rank=1", "finetune.epochs=1",
+        "gap.samples=40", "data.batch_size=8", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
     )  # fmt: skip
     for stage in (plan, align, measure, finetune, predict):
         stage.run(config)
