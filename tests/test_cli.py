@@ -185,7 +185,27 @@ def test_doctor_says_what_it_finds(
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(r"cifar10_5k\.npz │ yes", shown)
     assert re.search(r"imagenet_1k\.npz │ no", shown)
-    assert "writable" in shown
+    assert "writable" in shown and "swin_micro.safetensors" in shown and "Hiera" in shown
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "said"),
+    [
+        (False, "random weights"),
+        ("on_source", "when first needed"),
+        ("no.safetensors", "no file at no.safetensors"),
+        (True, "NOT at hand: the first use fetches timm/swin_tiny_patch4_window7_224.ms_in1k"),
+    ],
+)
+def test_doctor_says_whether_weights_are_at_hand(
+    monkeypatch: pytest.MonkeyPatch, pretrained: bool | str, said: str
+) -> None:
+    backbone = {"name": "swin_tiny_patch4_window7_224", "pretrained": pretrained}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert said in doctor.weights_at_hand(backbone)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "path")
+    assert ("fetched before" in doctor.weights_at_hand(backbone)) == (pretrained is True)
+    assert "timm has no model" in doctor.weights_at_hand({"name": "swim", "pretrained": True})
 
 
 def test_the_chain_runs_the_stages_it_is_given(composed: Callable[..., DictConfig]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -18,7 +20,7 @@ from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.predictors.multiscale import multiscale
 from orca_rank.predictors.orca import orca
-from orca_rank.stages import plan
+from orca_rank.stages import align, finetune, measure, plan, predict
 from orca_rank.task import Task
 
 TARGET = r"(attn\.(qkv|proj)|mlp\.fc[12])$"
@@ -99,6 +101,28 @@ def test_every_target_goes_through_and_every_adapter_learns(family: str, task: s
     assert not dead
     assert all(p.grad is not None for p in model.embedder.parameters())
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())  # batch statistics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+def test_from_plan_to_predict(composed: Callable[..., DictConfig], tmp_path: Path, family: str) -> None:
+    """Fields of two channels that are not square; aligned to digits, measured, planned, fine-tuned and predicted."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((50, 2, 12, 20)).astype(np.float32)
+    np.savez(tmp_path / "mine.npz", x=x, y=x[:, :1] + 0.5 * x[:, 1:])
+    name, options = TINY[family]
+    config = composed(
+        "data=arrays", "data.train=mine.npz", f"paths.data={tmp_path}", "source=digits", "source.train_limit=60",
+        f"backbone.name={name}", "backbone.pretrained=false", "backbone.options=null",
+        *(f"+backbone.options.{key}={list(value) if isinstance(value, tuple) else value}"
+          for key, value in options.items()),
+        "align.epochs=1", "align.source_samples=50", "rank=proportional", "budget.mean_rank=1", "finetune.epochs=1",
+        "gap.samples=40", "data.batch_size=8", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
+    )  # fmt: skip
+    for stage in (plan, align, measure, finetune, predict):
+        stage.run(config)
+    (path,) = (Path(config.paths.runs) / "default" / "predict").glob("*.npz")
+    assert np.load(path)["prediction"].shape[1:] == (1, 12, 20)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,12 +7,18 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from orca_rank.artifacts.damaged import DamagedFile
+from orca_rank.backbone.families import FAMILIES
+from orca_rank.backbone.the_timm import timm
+from orca_rank.weights import shipped
 
 PACKAGES = ("torch", "timm", "lightning", "hydra-core", "pot", "geomloss", "wandb", "scikit-learn", "safetensors")
 EXTRAS = {"peft": "peft", "bitsandbytes": "qlora", "wandb_workspaces": "dashboard"}
@@ -36,6 +42,11 @@ def run(config: DictConfig) -> None:
         table.add_row(
             module, "yes" if there else "no", "" if there else escape(f'optional: pip install "orca_rank[{extra}]"')
         )
+    table.add_row(
+        "backbone", config.backbone.name, weights_at_hand(OmegaConf.to_container(config.backbone, resolve=True))
+    )
+    names = ", ".join(family.name for family in FAMILIES.values())
+    table.add_row("backbone families", str(len(FAMILIES)), f"{names}; docs/families.md")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     table.add_row("CUDA device", cuda, "" if torch.cuda.is_available() else "everything runs on the CPU")
     table.add_row("CPU threads", str(torch.get_num_threads()), "OMP_NUM_THREADS sets them")
@@ -49,3 +60,39 @@ def run(config: DictConfig) -> None:
     writable = os.access(nearest, os.W_OK)
     table.add_row("paths.runs", str(config.paths.runs), "writable" if writable else "NOT writable: set paths.runs")
     Console().print(table)
+
+
+def weights_at_hand(backbone: Any) -> str:
+    """Whether a backbone's weights are on this machine, in words, and what to do where they are not; nothing is fetched
+    or loaded.
+
+    Args:
+        backbone: its config as plain values.
+    """
+    source = backbone["pretrained"]
+    if source is False:
+        return "random weights, none needed"
+    if source == "on_source":
+        return "trained on the source when first needed, kept in paths.cache"
+    if source == "shipped":
+        try:
+            return f"weights at hand: {shipped(backbone['shipped']).name}, shipped"
+        except (KeyError, OSError, ValueError, DamagedFile) as error:
+            return f"weights NOT at hand: {error.args[0]}"
+    if isinstance(source, str):
+        there = Path(source).is_file()
+        return f"weights at hand: {source}" if there else f"no file at {source}: set backbone.pretrained to another"
+    if not timm.is_model(backbone["name"]):
+        return f"timm has no model {backbone['name']}: set backbone.name"
+    known = timm.models.get_pretrained_cfg(backbone["name"])
+    place = None if known is None else known.hf_hub_id
+    if place is None:
+        return "timm's hub has no weights of it: set backbone.pretrained=false or to a file"
+    hub = importlib.import_module("huggingface_hub")  # comes with timm; here, because it takes a second
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(hub.try_to_load_from_cache(str(place), file), str) for file in files):
+        return f"weights at hand, fetched before from {place}"
+    return (
+        f"weights NOT at hand: the first use fetches {place} from the hub, which needs a network; without one set "
+        f"backbone.pretrained=<path of a weights file>"
+    )
