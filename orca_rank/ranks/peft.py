@@ -70,3 +70,17 @@ def _fused(name: str, parts: list[int], alpha: float | None) -> tuple[int, float
             "orca_rank.adapters.inject and save_peft, which put the difference into B"
         )
     return total, alpha * len(parts)
+
+
+def peft_parameters(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """What PEFT trains with `lora_arguments`: Σ r (d_in + d_out), where the parts of a fused matrix (d_in, d) count as
+    one adapter of the whole (d_in, 3d), of the sum of their ranks.
+
+    Args:
+        shapes: layer -> (d_in, d_out), for every rank above 0.
+    """
+    total = 0
+    for name, rank in ranks.items():
+        d_in, d_out = shapes[name] if rank else (0, 0)
+        total += rank * (d_in + (3 * d_out if THIRD.fullmatch(name) else d_out))
+    return total

@@ -1,0 +1,34 @@
+"""The notebook of examples/: its cells are those of its script, and they run."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "examples"
+NOTEBOOK = json.loads((FOLDER / "own_model.ipynb").read_text())
+
+
+def maker():
+    spec = importlib.util.spec_from_file_location("make_notebook", FOLDER / "make_notebook.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_notebook_is_its_script_executed():
+    written = [(cell["cell_type"], "".join(cell["source"])) for cell in NOTEBOOK["cells"]]
+    assert written == maker().cells((FOLDER / "own_model.py").read_text())
+    outputs = [output for cell in NOTEBOOK["cells"] for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert len((FOLDER / "own_model.ipynb").read_bytes()) < 300_000
+
+
+@pytest.mark.slow
+def test_the_cells_of_the_notebook_run():
+    names: dict = {}
+    for cell in NOTEBOOK["cells"]:
+        if cell["cell_type"] == "code":
+            maker().run("".join(cell["source"]), names)
+    assert names["trained"] == names["plan"].parameters(names["gaps"])
