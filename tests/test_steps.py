@@ -1,4 +1,4 @@
-"""Optimiser steps of stage=finetune: windows of batches, clipping, averaged weights, compilation, half precision."""
+"""Optimiser steps of stage=finetune: windows of batches, clipping, averaged weights, half precision."""
 
 from __future__ import annotations
 
@@ -136,11 +136,3 @@ def test_bfloat16_trains_close_to_float32(trained: Callable[..., Result]) -> Non
     plain, half = trained(), trained("trainer=bf16")
     assert half[1] == pytest.approx(plain[1], rel=0.05)
     assert half[1] != plain[1]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_steps_are_the_same(trained: Callable[..., Result]) -> None:
-    plain, compiled = trained(), trained("finetune.compile=default")
-    assert apart(compiled[0], plain[0]) < 1e-4
-    assert compiled[1] == pytest.approx(plain[1], rel=1e-4)

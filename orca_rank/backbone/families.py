@@ -190,7 +190,7 @@ class Unpacked(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
-def _plain(stem: nn.Module) -> bool:
+def _plain(stem: Any) -> bool:
     """Whether a stem is patches without overlap, which `Patches` stands for."""
     sizes = all(hasattr(stem, name) for name in ("proj", "norm", "img_size", "grid_size"))
     return isinstance(stem, PatchEmbed) or (sizes and stem.proj.kernel_size == stem.proj.stride)

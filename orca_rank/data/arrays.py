@@ -175,7 +175,7 @@ class Arrays(InMemory):
         parts = {"train": everything.take(train), "val": everything.take(val), "test": test}
         inputs = None if self.normalise == "none" else self.inputs(parts["train"][0], self.normalise)
         notes += check_inputs(parts, inputs)
-        task = targets.task(tuple(everything.x.shape[1:]), parts["train"][1], self.normalise)
+        task = targets.task(everything.x, parts["train"][1], self.normalise)
         notes += check_targets(parts, task)
         encode = (inputs or _AS_IT_IS).encode
         return Parts(task, parts["train"], parts["val"], test, encode, inputs=inputs, notes=tuple(dict.fromkeys(notes)))

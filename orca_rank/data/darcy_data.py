@@ -162,7 +162,7 @@ class _Worker(SpawnProcess):
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")  # without a file to run
         try:
-            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]  # the hook of multiprocessing's own
+            return SpawnProcess._Popen(process_obj)
         finally:
             sys.modules["__main__"] = main
 

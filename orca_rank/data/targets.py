@@ -124,13 +124,14 @@ class Targets:
             return place * min(STRATA, max(1, len(z) // STRATA)) // len(z)
         return np.zeros(len(self.y), dtype=np.int64)
 
-    def task(self, shape: tuple[int, int, int], train: Tensor, normalise: str) -> Task:
-        """The task of inputs of this shape.
+    def task(self, x: Tensor, train: Tensor, normalise: str) -> Task:
+        """The task.
 
         Args:
-            train: the targets that are trained on, whose statistics are taken. normalise: of fields; vectors are
-                standardised in any case.
+            x: inputs (n, C, H, W). train: the targets that are trained on, whose statistics are taken. normalise: of
+                fields; vectors are standardised in any case.
         """
+        shape = x.shape[1], x.shape[2], x.shape[3]
         if self.kind == "classification":
             count = 1 + int(self.y.max()) if self.classes is None else len(self.classes)
             return Task(self.kind, shape, (count,), classes=_names(self.classes))

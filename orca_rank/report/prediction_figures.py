@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
@@ -144,7 +142,6 @@ def series_figure(gallery: Gallery) -> Figure:
     """Input, and target with prediction, one row a series; classes as steps."""
     count = len(gallery.metric)
     figure, rows = grid([4.5, 4.5], [1.2] * count, across=0.8, down=0.45, bottom=0.6)
-    parts: tuple[Sequence[Float[np.ndarray, "n _ l"] | Int[np.ndarray, "n _ l"]], ...]
     parts = (gallery.inputs, gallery.targets, gallery.predictions)
     style = "steps-mid" if gallery.kind == "segmentation" else "default"
     for number, ((left, right), x, y, guess) in enumerate(zip(rows, *parts, strict=True)):

@@ -66,11 +66,11 @@ def lora_config(plan: RankPlan, adapter: Mapping[str, Any]) -> tuple[dict[str, A
     module, notes = adapter.get("module") or {}, []
     alpha, scaling = module.get("alpha"), module.get("scaling")
     arguments = plan.to_peft()  # the scale is 1 everywhere
-    scale = 1.0
+    scale: float | None = 1.0
     if alpha is not None and scaling == "constant":
-        scale = float(alpha)
-        arguments["lora_alpha"] *= scale
-        arguments["alpha_pattern"] = {name: scale * own for name, own in arguments["alpha_pattern"].items()}
+        scale = factor = float(alpha)
+        arguments["lora_alpha"] *= factor
+        arguments["alpha_pattern"] = {name: factor * own for name, own in arguments["alpha_pattern"].items()}
     elif alpha is not None and scaling == "lora":
         try:
             arguments, scale = plan.to_peft(alpha), None

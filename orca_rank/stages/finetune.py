@@ -180,8 +180,6 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     average = None if options.ema is None else Average(options.ema, changed)
     kept = changed if average is None else lambda: average.values
     keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
-    if options.compile is not None:
-        model.compile(mode=options.compile)
     trainer = trainer_for(
         config.trainer,
         config.logger,

@@ -21,8 +21,6 @@ from orca_rank.training.curve import RunningMean
 from orca_rank.training.schedule import SCHEDULES, Schedule
 from orca_rank.training.stochastic_depth import SharedPaths
 
-COMPILE = ("default", "reduce-overhead", "max-autotune")  # modes of torch.compile
-
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -44,7 +42,6 @@ class FinetuneOptions:
     embedder_lr: float | None = None
     keep_update: bool = False
     ema: float | None = None
-    compile: str | None = None
 
     def __post_init__(self) -> None:
         whole("finetune.epochs", self.epochs)
@@ -59,8 +56,6 @@ class FinetuneOptions:
         number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
         flag("finetune.keep_update", self.keep_update)
         number("finetune.ema", self.ema, above=0, below=1, null=True)
-        if self.compile is not None:
-            one_of("finetune.compile", self.compile, COMPILE)
 
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""
