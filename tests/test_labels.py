@@ -214,7 +214,7 @@ def test_all_of_a_file_in_its_order_with_or_without_targets(tmp_path):
         assert y is None and torch.equal(x, old.parts.encode(torch.from_numpy(X[:1]).float()))
     with pytest.raises(KeyError, match="'y'"):
         Arrays(root=tmp_path, train="bare.npz").setup()
-    with pytest.raises(ValueError, match="only be predicted"):
+    with pytest.raises(ValueError, match="only be measured and predicted"):
         Arrays(root=tmp_path, train="data.npz", y=None).setup()
     np.savez(tmp_path / "other.npz", x=X, y=np.array(["z"] * N))
     with pytest.raises(ValueError, match="lack: 'z'"):

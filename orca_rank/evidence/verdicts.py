@@ -198,6 +198,7 @@ def rank_grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[s
     return [Claim(GROWS, verdict, tau, float("nan"), float("nan"), "Kendall's τ", up, runs, note)]
 
 
+PARAMETERS = "% of the parameters"  # the unit of claims about them
 GROWS = "the best uniform rank grows with the gap of the task"
 
 
@@ -230,7 +231,7 @@ def parameters_at_equal_error(
     note = f"from the slope of uniform's rank curve{'; no slope on ' + ', '.join(left_out) if left_out else ''}"
     text = f"{rule} needs fewer parameters than uniform for the error that uniform has at r = {rank}, {_where(tasks)}"
     claim = _claim(text, estimate, estimate.p, 1.0, note)
-    return [replace(claim, unit="% of the parameters")]
+    return [replace(claim, unit=PARAMETERS)]
 
 
 def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.evidence.points import FROZEN, FULL, Row
-from orca_rank.evidence.verdicts import MARGIN, Claim
+from orca_rank.evidence.verdicts import MARGIN, PARAMETERS, Claim
 from orca_rank.report.canvas import BLUE, GREEN, GREY, INK, LETTER, PAGE, VERMILLION, grid, styled
 from orca_rank.report.page import Page, cell
 from orca_rank.report.sections import interval_text
@@ -87,9 +87,14 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
 
 
 def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str]) -> str:
-    """The verdicts as a page of text beside rank_curve.png: what stands in the README."""
+    """The verdicts as a page of text beside rank_curve.png: what stands in the README.
+
+    Claims in parameters are left out: they are those in errors, in another unit; claims.json has them.
+    """
     lines = ["| claim | verdict | figure | 95 % interval | fine-tunes |", "|---|---|---|---|---|"]
     for claim in claims:
+        if claim.unit == PARAMETERS:
+            continue
         figure = f"{claim.estimate:+.1f} {claim.unit}" if math.isfinite(claim.estimate) else ""
         interval = interval_text(*_ends(claim)).strip()
         lines.append(f"| {claim.claim} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
