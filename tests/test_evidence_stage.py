@@ -102,7 +102,10 @@ def test_the_stage_asks_for_every_point_once_and_says_what_they_support(
         shutil.rmtree(folder / "digits" / name)
     lost = next((folder / "digits" / "rows").glob("rules-trained-*-s1-*"))
     lost.unlink()
+    before = {name: (folder / name).read_bytes() for name in ("evidence.csv", "claims.json", "README.md")}
     evidence.run(config)
+    for name, content in before.items():  # whatever was there when, the same is said in the same order
+        assert (folder / name).read_bytes() == content
     assert len(made_up) == 28 + 3 and made_up[-1] == lost.stem
     claims = {claim["claim"]: claim for claim in json.loads((folder / "claims.json").read_text())["claims"]}
     (worse,) = (claim for name, claim in claims.items() if name.startswith("shuffled beats uniform"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orca_rank.artifacts.damaged import reading
-from orca_rank.artifacts.files import atomic, read_json, write_csv, write_json
+from orca_rank.artifacts.files import atomic, read_json, read_record, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences
 from orca_rank.evidence.claims import claims
@@ -147,7 +148,7 @@ def _arms(given: DictConfig) -> tuple[str, ...]:
 
 
 def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> list[Row]:
-    """The rows of the points that are done.
+    """The rows of the points that are done, in an order that does not depend on when they were.
 
     Args:
         known: those that were read before, by file; what is new is added.
@@ -170,7 +171,9 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[
                     f"remove {folder / task}"
                 )
             known[path] = row
-    return list(known.values())
+    return sorted(
+        known.values(), key=lambda row: (row.task, row.part, row.rule, row.rank, row.permutation, row.seed, row.lr)
+    )
 
 
 def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> None:
@@ -214,8 +217,7 @@ def _measured(config: DictConfig, folder: Path, task: str, cost: int, protocol: 
 
 
 def _collect(folder: Path, rows: Sequence[Row]) -> None:
-    order = sorted(rows, key=lambda row: (row.task, row.part, row.rule, row.rank, row.permutation, row.seed, row.lr))
-    write_csv(folder / "evidence.csv", [row.to_dict() for row in order])
+    write_csv(folder / "evidence.csv", [row.to_dict() for row in rows])
 
 
 def _announce(protocol: Protocol) -> None:
@@ -229,12 +231,20 @@ def _announce(protocol: Protocol) -> None:
     )
 
 
-def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:
-    gaps = {}
+def _gaps(folder: Path, protocol: Protocol, metric: str) -> dict[str, float]:
+    """Task -> median calibrated gap over its layers; of rows that came without their measurement, as known before."""
+    path, known = folder / "claims.json", {}
+    if path.exists():
+        known = read_record(path, "stage=evidence", lambda payload: dict(payload["gaps"]))
     for task in protocol.tasks:
-        path = folder / task / "measure" / "layers.json"
-        if path.exists():
-            gaps[task] = median(layer.gap[metric].value for layer in read_layers(path))
+        measured = folder / task / "measure" / "layers.json"
+        if measured.exists():
+            known[task] = median(layer.gap[metric].value for layer in read_layers(measured))
+    return {task: known[task] for task in protocol.tasks if task in known}
+
+
+def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:
+    gaps = _gaps(folder, protocol, metric)
     found = list(claims(protocol, rows, gaps))
     answers = []
     for task in protocol.tasks:
@@ -248,7 +258,7 @@ def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str
         "recommended": answers,
         "gaps": gaps,
         "runs": len(rows),
-        "seconds": sum(row.seconds for row in rows),
+        "seconds": math.fsum(row.seconds for row in rows),
     }
     write_json(folder / "claims.json", payload)
     with atomic(folder / "README.md") as temporary:
