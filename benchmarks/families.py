@@ -25,10 +25,11 @@ from omegaconf import OmegaConf
 
 from orca_rank.__main__ import CONF
 from orca_rank.adapters import inject
-from orca_rank.backbone import adaptable_layers, create_model
+from orca_rank.backbone import create_model
 from orca_rank.backbone.families import FAMILIES, Family, stages_of
 from orca_rank.backbone.the_timm import timm
 from orca_rank.errors import foreseen
+from orca_rank.measuring.matrices import adaptable_layers, is_matrix
 from orca_rank.predictors.multiscale import multiscale
 from orca_rank.predictors.orca import orca
 from orca_rank.task import Task
@@ -82,7 +83,7 @@ def tried(name: str) -> Row:
                 output = model(torch.zeros(1, *task.input_shape))
                 if output.shape != (1, *task.output_shape):
                     raise RuntimeError(f"the output has shape {tuple(output.shape)}, expected {task.output_shape}")
-            modules = sum(isinstance(module, torch.nn.Linear) for module in model.body.modules())
+            modules = sum(is_matrix(module) for module in model.body.modules())
             inject(model.body, {layer.name: 1 for layer in layers})
     except Exception as error:
         said = foreseen(error)
@@ -122,10 +123,10 @@ def page(rows: list[Row]) -> str:
         f"Written by `python benchmarks/families.py` with timm {timm.__version__}; run it again after a change. A",
         "model that works takes targets of any number of channels and any shape, and others of its family do too. What",
         "does not work is refused by `stage=plan` before any work, as the second table says. Layers: those",
-        "that the default `layers.target` adapts, q, k and v apart, and all Linear modules of the body, of which",
+        "that the default `layers.target` adapts, q, k and v apart, and all matrices of the body, of which",
         "`layers.target` chooses others, such as PVT's `attn.kv`.",
         "",
-        "| family | tried on | pixels | stages: widths | layers, Linear modules |",
+        "| family | tried on | pixels | stages: widths | layers, matrices |",
         "|---|---|---|---|---|",
         *(f"| {r.family} | `{r.model}` | {r.pixels} | {r.stages} | {r.layers} |" for r in rows if r.works == "yes"),
         "",
