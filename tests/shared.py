@@ -12,6 +12,22 @@ TINY_SWIN = (
     "backbone.options.num_heads=[1,2]",
     "backbone.options.img_size=16",
 )
+# A fine-tune of that Swin on digits, of a second or two.
+TINY_FINETUNE = (
+    "data=digits",
+    "data.train_limit=60",
+    "data.test_limit=40",
+    "data.batch_size=16",
+    "predictor=linear",
+    *TINY_SWIN,
+    r"layers.target='(attn\.qkv|mlp\.fc1)$'",
+    "embedder.aligned=false",
+    "finetune.epochs=1",
+    "finetune.warmup_epochs=0",
+    "finetune.optimizer.lr=0.01",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+)
 
 
 def apart(value: Tensor, expected: Tensor) -> float:

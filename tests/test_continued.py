@@ -9,28 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
-from shared import TINY_SWIN, apart
+from shared import TINY_FINETUNE as TINY
+from shared import apart
 
 from orca_rank import load
 from orca_rank.adapters import adapters, cut
 from orca_rank.build import build
 from orca_rank.stages import finetune
 
-TINY = (
-    "data=digits",
-    "data.train_limit=60",
-    "data.test_limit=40",
-    "data.batch_size=16",
-    "predictor=linear",
-    *TINY_SWIN,
-    r"layers.target='(attn\.qkv|mlp\.fc1)$'",
-    "embedder.aligned=false",
-    "finetune.epochs=1",
-    "finetune.warmup_epochs=0",
-    "finetune.optimizer.lr=0.01",
-    "trainer.enable_progress_bar=false",
-    "trainer.accelerator=cpu",
-)
 # A rate at which nothing moves: what the fine-tune ends with is what it began with.
 STILL = ("finetune.optimizer.lr=1e-30", "finetune.optimizer.weight_decay=0", "finetune.tag=later")
 

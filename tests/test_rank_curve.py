@@ -9,28 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
-from shared import TINY_SWIN
+from shared import TINY_FINETUNE as TINY
 
 from orca_rank import load
 from orca_rank.adapters import adapters, cut
 from orca_rank.build import build
 from orca_rank.stages import finetune, rank_curve, report
-
-TINY = (
-    "data=digits",
-    "data.train_limit=60",
-    "data.test_limit=40",
-    "data.batch_size=16",
-    "predictor=linear",
-    *TINY_SWIN,
-    r"layers.target='(attn\.qkv|mlp\.fc1)$'",
-    "embedder.aligned=false",
-    "finetune.epochs=1",
-    "finetune.warmup_epochs=0",
-    "finetune.optimizer.lr=0.01",
-    "trainer.enable_progress_bar=false",
-    "trainer.accelerator=cpu",
-)
 
 
 def test_a_row_is_the_model_cut_to_its_rank(composed: Callable[..., DictConfig]) -> None:
