@@ -16,6 +16,7 @@ from shared import TINY_SWIN
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
+from orca_rank.adapters.lora import scale_of
 from orca_rank.artifacts.files import write_json, write_tensors
 from orca_rank.build import build
 from orca_rank.measuring.matrices import adaptable_layers
@@ -69,7 +70,9 @@ def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], 
     assert (config.adapter.method == "inject") == (folder(config) / "ranks.json").exists()
     if "alpha" in config.adapter.get("module", {}):
         ranks = json.loads((folder(config) / "ranks.json").read_text())
-        assert ranks["scales"] == {name: 16 / rank for name, rank in ranks["ranks"].items()}
+        module = config.adapter.module
+        scales = {name: scale_of(module.alpha, rank, module.scaling) for name, rank in ranks["ranks"].items()}
+        assert ranks["scales"] == scales
     with open(folder(config) / "curve.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["epoch"] for row in rows] == ["0", "1"]

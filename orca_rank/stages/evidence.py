@@ -171,8 +171,19 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[
                     f"remove {folder / task}"
                 )
             known[path] = row
+    tasks, rules = list(protocol.tasks), ["", *protocol.rules, *protocol.arms]
     return sorted(
-        known.values(), key=lambda row: (row.task, row.part, row.rule, row.rank, row.permutation, row.seed, row.lr)
+        known.values(),
+        key=lambda row: (
+            tasks.index(row.task),
+            row.part,
+            rules.index(row.rule) if row.rule in rules else 0,
+            row.rule,
+            row.rank,
+            row.permutation,
+            row.seed,
+            row.lr,
+        ),
     )
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,9 @@ def fit(trainer: L.Trainer, module: L.LightningModule, checkpoint: Path | None, 
     Raises:
         KeyboardInterrupt: see `interrupts`.
     """
-    with interrupts():
+    with interrupts(), warnings.catch_warnings():
+        # Batch normalisation is kept in evaluation mode on purpose, see `backbone.embedder`.
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
         trainer.fit(module, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True, **data)
 
 
