@@ -123,7 +123,7 @@ def page(rows: list[Row]) -> str:
         f"Written by `python benchmarks/families.py` with timm {timm.__version__}; run it again after a change. A",
         "model that works takes targets of any number of channels and any shape, and others of its family do too. What",
         "does not work is refused by `stage=plan` before any work, as the second table says. Layers: those",
-        "that the default `layers.target` adapts, q, k and v apart, and all matrices of the body, of which",
+        "that the default `layers.target` adapts, q, k and v apart, and all Linear modules and 1×1 convolutions, of which",
         "`layers.target` chooses others, such as PVT's `attn.kv`.",
         "",
         "| family | tried on | pixels | stages: widths | layers, matrices |",
