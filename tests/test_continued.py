@@ -65,6 +65,7 @@ def test_what_cannot_be_gone_on_from_is_refused(composed: Callable[..., DictConf
         (("finetune.from=probe", "adapter=full"), ValueError, "adapter=lora to go on with"),
         (("finetune.from=probe",), ValueError, "from a fine-tune with adapters"),
         (("finetune.from=later",), ValueError, "another fine-tune"),
+        (("finetune.from=probe", "seed=1"), ValueError, "another backbone's weights"),
     ):
         with pytest.raises(error, match=message):
             finetune.run(composed(*TINY, "finetune.tag=later", *options))

@@ -16,7 +16,7 @@ from orca_rank.task import Task
 
 
 @torch.no_grad()
-def go_on_from(model: OrcaModel, folder: Path, task: Task, trust: Collection[str]) -> None:
+def go_on_from(model: OrcaModel, folder: Path, task: Task, weights: str, trust: Collection[str]) -> None:
     """Give embedder, predictor and adapters the values of a finished fine-tune.
 
     Of a nested adapter (DyLoRA, MatryoshkaLoRA) a layer takes its first r rows and columns, of any other with a
@@ -24,13 +24,16 @@ def go_on_from(model: OrcaModel, folder: Path, task: Task, trust: Collection[str
     beyond it start as new ones do, at ΔW = 0.
 
     Args:
-        model: with its own adapters in place. folder: <run>/finetune/<tag>. task: of the data. trust: see `load`.
+        model: with its own adapters in place. folder: <run>/finetune/<tag>. task: of the data. weights: hash of the
+            body before it was adapted. trust: see `load`.
 
     Raises:
         ValueError: if it was trained on another backbone or task, or its adapters have no low-rank form.
             FileNotFoundError: nothing finished there.
     """
     before = load(folder, trust=trust)
+    if before.metrics["backbone"]["hash"] != weights:
+        raise ValueError(f"{folder} was trained on another backbone's weights: choose another finetune.from")
     _check(model, before, folder, task)
     model.embedder.load_state_dict(before.model.embedder.state_dict())
     model.predictor.load_state_dict(before.model.predictor.state_dict())

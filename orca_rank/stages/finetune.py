@@ -159,7 +159,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     if injected:
         probe_adapters(model, task.input_shape)
     if (source := _source(config)) is not None:
-        go_on_from(model, source, task, targets(config))
+        go_on_from(model, source, task, weights, targets(config))
     update = update_of(model.body, layers, injected) if options.keep_update else None
     counts = count_parameters(model, injected)
     if plan is not None:
