@@ -103,7 +103,7 @@ def bare(config: DictConfig, data: Fields, epochs: int) -> tuple[list[float], li
     module = make(config, data, epochs)
     model, task = module.model, module.task
     loader, val = data.train_dataloader(), data.val_dataloader()
-    optimizer = torch.optim.AdamW(module.parameter_groups(), lr=1e-3)
+    optimizer = torch.optim.AdamW(module.parameter_groups(), lr=1e-3, fused=True)  # as the stage has it
     course = module.options.course(epochs * len(loader))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: course.factor(step))
     seconds, losses = [], []

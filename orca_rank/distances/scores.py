@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from orca_rank.distances._inputs import squared_distances
 from orca_rank.distances.draws import Counts
 from orca_rank.distances.mmd import MEDIAN_SAMPLES, energy_distance, mmd, resolve_bandwidth
-from orca_rank.distances.presorted import SlicedScore
+from orca_rank.distances.sliced_score import SlicedScore
 from orca_rank.distances.sliced import sliced_wasserstein
 
 Pairs = Sequence[tuple[int, int]]

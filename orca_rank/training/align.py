@@ -19,6 +19,7 @@ from orca_rank.options import number, one_of, whole
 from orca_rank.processes import first, gathered, world
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.features import token_mean
+from orca_rank.training.optimizers import made
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -197,7 +198,7 @@ class Align(L.LightningModule):
         )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(self.embedder.parameters())
+        optimizer = made(self.make_optimizer, self.embedder.parameters(), self)
         decay = self.options.decay
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, decay.every, decay.factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}

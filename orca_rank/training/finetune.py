@@ -18,6 +18,7 @@ from orca_rank.options import flag, number, one_of, whole
 from orca_rank.processes import world
 from orca_rank.task import Task
 from orca_rank.training.curve import RunningMean
+from orca_rank.training.optimizers import made
 from orca_rank.training.schedule import SCHEDULES, Schedule
 from orca_rank.training.stochastic_depth import SharedPaths
 
@@ -181,7 +182,7 @@ class FineTune(L.LightningModule):
         self.scores = {}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = self.make_optimizer(self.parameter_groups())
+        optimizer = made(self.make_optimizer, self.parameter_groups(), self)
         steps = int(self.trainer.estimated_stepping_batches)
         self.steps.run_of(steps)
         course = self.options.course(steps)
