@@ -26,6 +26,7 @@ from orca_rank.stages import doctor
 from orca_rank.weights import shipped
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
 
 
 def command(folder: Path, *options: str) -> subprocess.CompletedProcess:
@@ -41,8 +42,8 @@ def command(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 def shown_commands() -> list[list[str]]:
-    """The options of every `python -m orca_rank ...` in the README."""
-    text = README.read_text()
+    """The options of every `python -m orca_rank ...` in the README and the documentation."""
+    text = "\n".join(page.read_text() for page in PAGES)
     return [
         match.split("#")[0].split()[3:] for match in re.findall(r"^python -m orca_rank [^`\n]*", text, re.MULTILINE)
     ]
@@ -127,7 +128,7 @@ def test_the_base_config_inherits_nothing_from_the_demo(composed: Callable[..., 
     base, demo = composed(), composed("experiment=demo")
     assert (base.run, base.threads, base.finetune.epochs, base.align.epochs) == ("default", None, 100, 60)
     assert (base.budget.mean_rank, base.budget.parameters, base.measure.compare) == (4, None, {})
-    assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 12, 20)
+    assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 9, 20)
     assert base.rank["_target_"].endswith(".uniform")
 
 
@@ -166,15 +167,21 @@ def test_help_names_every_stage_and_a_typo_its_neighbours(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [o for o in shown_commands() if "-m" not in o], ids=" ".join)
-def test_commands_of_the_readme_compose(composed: Callable[..., DictConfig], options: list[str]) -> None:
+def test_commands_of_the_documentation_compose(composed: Callable[..., DictConfig], options: list[str]) -> None:
     try:
         assert composed(*(option for option in options if not option.startswith("--"))).stage is not None
     except HydraException as error:
-        pytest.fail(f"the README shows an option that does not exist: {error}")
+        pytest.fail(f"the README or a page of docs/ shows an option that does not exist: {error}")
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(shown_commands()) > 4
+def test_the_documentation_shows_commands() -> None:
+    assert len(shown_commands()) > 15
+
+
+def test_pages_link_to_pages_that_are_there() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 def test_doctor_says_what_it_finds(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,15 @@ def test_the_cells_of_the_notebook_run():
         if cell["cell_type"] == "code":
             maker().run("".join(cell["source"]), names)
     assert names["trained"] == names["plan"].parameters(names["gaps"])
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_for_scripts_runs():
+    page = (FOLDER.parent / "docs" / "own-script.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/own-script.md", "exec"), names)
+    assert len(blocks) > 5
+    assert names["plan"].ranks and names["logits"].shape == (16, 10)
+    assert names["distances"]["mmd"]["after"]["value"] < names["distances"]["mmd"]["before"]["value"]
