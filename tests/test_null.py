@@ -12,8 +12,8 @@ from orca_rank.distances import (
     energy_distance,
     mmd,
     otdd,
-    sliced_score,
     proxy_a_distance,
+    sliced_score,
     sliced_wasserstein,
 )
 from orca_rank.distances.calibrate import HALVES, calibrate, family_p, standardise, whiten

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from orca_rank.distances._inputs import squared_distances
 from orca_rank.distances.draws import Counts
 from orca_rank.distances.mmd import MEDIAN_SAMPLES, energy_distance, mmd, resolve_bandwidth
-from orca_rank.distances.sliced_score import SlicedScore
 from orca_rank.distances.sliced import sliced_wasserstein
+from orca_rank.distances.sliced_score import SlicedScore
 
 Pairs = Sequence[tuple[int, int]]
 Metric = Callable[..., Any]  # (x (n, d), y (m, d)) -> number, or with labels (x, x_label, y, y_label)

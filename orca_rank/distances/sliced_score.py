@@ -21,8 +21,8 @@ class SlicedScore:
 
     W₂² = (difference of means)² + W₂² of the centred projections; the first, averaged over all directions, is
     ‖m_x − m_y‖²/d: only the second is left to chance. With k values a side it is the mean of (x_(u) − y_(u))² over the
-    ranks u less the squared mean of x − y. Groups must be of equal size. Values are sorted in float32, several times as
-    fast as in float64 (or as repeating values that are sorted already): they are centred, so it costs 1e-6 of the score.
+    ranks u less the squared mean of x − y. Groups must be of equal size. Values are sorted in float32, which
+    is faster than in float64 or than repeating sorted values: they are centred, so it costs 1e-6 of the score.
     """
 
     scale, unbiased, exchangeable = 1.0, False, True
@@ -58,9 +58,7 @@ class SlicedScore:
         step = max(1, ELEMENTS // (count * size))
         for start in range(0, len(sides), step):
             marked = sides[start : start + step]
-            left, right = (
-                values.take(np.nonzero(side)[1].reshape(-1, size), axis=1) for side in (marked, ~marked)
-            )
+            left, right = (values.take(np.nonzero(side)[1].reshape(-1, size), axis=1) for side in (marked, ~marked))
             left.sort(axis=2)
             right.sort(axis=2)
             squares[start : start + step] = _squares(left, right)
