@@ -96,7 +96,7 @@ ADAPTERS = (
     *("dora", "dylora", "gated_ibp", "adalora", "pissa", "delta_lora", "flora", "rerandomised", "vera", "loha"),
     *("bottleneck", "lora_fa", "norm_only", "full"),
 )
-CLOCKED = {"seconds", "peak_memory_bytes"}  # what a clock or the allocator says
+CLOCKED = {"seconds", "seconds_this_time", "peak_memory_bytes"}  # what a clock or the allocator says
 LEFT = (".part", ".ckpt", ".lock", "begun.json", "unfinished")  # nothing of these outlives a finished run
 OPERATIONS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
 
@@ -130,7 +130,11 @@ def cases() -> list[Case]:
         Case("report", ("stage=report",), (align, measure, ("stage=finetune", "finetune.tag=one"))),
     ]
     tuned = ("stage=finetune", UNALIGNED, "layers.qkv=fused")  # as PEFT's adapters ask
-    found += [Case(f"adapter={name}", (*tuned, f"adapter={name}")) for name in ADAPTERS]
+    unaligned = (("stage=measure", UNALIGNED, "layers.qkv=fused"),)  # what gated_ibp takes its prior from
+    found += [
+        Case(f"adapter={name}", (*tuned, f"adapter={name}"), unaligned if name == "gated_ibp" else ())
+        for name in ADAPTERS
+    ]
     return [
         *found,
         Case("evidence", ("stage=evidence", UNALIGNED, *EVIDENCE)),

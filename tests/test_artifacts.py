@@ -85,6 +85,11 @@ def test_tensors_and_tables_come_back(tmp_path: Path) -> None:
     files.write_tensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
     back = files.read_tensors(tmp_path / "t.safetensors", "stage=x")
     assert all(torch.equal(back[name], value) for name, value in tensors.items())
+    notes = {f"note {i}": "é" for i in range(8)}
+    for name in ("one", "two"):
+        files.write_tensors(tmp_path / name, tensors, notes if name == "one" else dict(reversed(notes.items())))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert files.read_tensors(tmp_path / "two", "stage=x").keys() == tensors.keys()
     files.write_csv(tmp_path / "t.csv", [{"a": 1}, {"a": 2, "b": 3}])
     assert (tmp_path / "t.csv").read_text() == "a,b\n1,\n2,3\n"
 

@@ -128,7 +128,7 @@ def test_the_base_config_inherits_nothing_from_the_demo(composed: Callable[..., 
     base, demo = composed(), composed("experiment=demo")
     assert (base.run, base.threads, base.finetune.epochs, base.align.epochs) == ("default", None, 100, 60)
     assert (base.budget.mean_rank, base.budget.parameters, base.measure.compare) == (4, None, {})
-    assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 9, 20)
+    assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 10, 20)
     assert base.rank["_target_"].endswith(".uniform")
 
 

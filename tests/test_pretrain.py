@@ -17,7 +17,8 @@ from orca_rank.data.embedded import Embedded
 from orca_rank.data.image_folder import ImageFolder, read_image
 from orca_rank.data.module import EpochOrder
 from orca_rank.stages.pretrain import run
-from orca_rank.stages.setup import on_source
+from orca_rank.stages.setup import build_model, on_source
+from orca_rank.task import Task
 from orca_rank.training.muon import MuonAdamW, orthogonalised, parameter_groups
 from orca_rank.training.pretrain import pretrain, update_average
 from orca_rank.training.recipe import Recipe
@@ -355,6 +356,13 @@ def test_the_stage_writes_weights_once_and_its_cached_twin_too(composed, tmp_pat
     assert {name: value.shape for name, value in load_file(cached).items()} == {
         name: value.shape for name, value in load_file(weights).items()
     }
+
+
+def test_a_model_is_the_same_whether_its_weights_were_there_or_are_made_first(composed):
+    settings = composed("backbone.pretrained=on_source", "embedder.aligned=false", "data=digits", *SMALL)
+    task = Task("classification", (1, 8, 8), (10,))
+    made, found = (build_model(settings, task).state_dict() for _ in range(2))
+    assert all(torch.equal(made[name], found[name]) for name in made)
 
 
 def test_the_stage_refuses_an_unknown_part_to_validate_on(composed):

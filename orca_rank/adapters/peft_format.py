@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orca_rank.adapters.conv import AdaptedConv2d, check_peft
@@ -24,7 +23,7 @@ from orca_rank.adapters.linear import THIRDS, WHOLE, AdaptedModule, adapted, ada
 from orca_rank.adapters.lora import LoRA, NotExpressible, scale_of
 from orca_rank.adapters.peft_backed import tuner_of
 from orca_rank.adapters.peft_config import check_config
-from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.files import atomic, write_tensors
 from orca_rank.ranks import RankPlan
 from orca_rank.ranks.peft import exactly, patterns, value_of
 
@@ -72,11 +71,10 @@ def save_peft(model: nn.Module, folder: str | os.PathLike[str], modules_to_save:
     scaling = "rslora" if branches and branches[0].scaling == "rslora" else "lora"
     dropout = branches[0].dropout if branches else 0.0
     config = _config(ranks, scales, scaling, dropout, list(known), list(modules_to_save))
-    metadata = {"format": "pt", "orca_rank": json.dumps({"parts": parts})}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / WEIGHTS) as path:
-        save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}, path, metadata)
+    own = {key: value.detach().clone() for key, value in tensors.items()}  # no two names for one memory
+    write_tensors(folder / WEIGHTS, own, {"orca_rank": json.dumps({"parts": parts})})
     with atomic(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
 

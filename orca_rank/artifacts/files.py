@@ -133,10 +133,25 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically."""
+    """Write tensors as safetensors, atomically; what is the same has the same bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        if metadata:
+            _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort a safetensors file's metadata, which the library writes in another order each time: a file's hash says what
+    a later stage was made from."""
+    with open(path, "r+b") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        entries = json.loads(header)
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        ordered = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= len(header):  # as long, but where the library escapes otherwise
+            stream.seek(8)
+            stream.write(ordered.ljust(len(header)))
 
 
 def read_tensors(path: Path, made_by: str) -> dict[str, Tensor]:

@@ -97,8 +97,9 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
     seed_everything(seed)
     with first_alone():
         data = ready(config.data)
+    backbone = resolve_backbone(config)
     torch.manual_seed(seed)  # as for the model that is fine-tuned later
-    embedder = create_model(resolve_backbone(config), data.task, config.embedder.init).embedder
+    embedder = create_model(backbone, data.task, config.embedder.init).embedder
     device = device_of(config.trainer)
     begun = agreed(lambda: begin(folder, made_from, {}, force=config.force, results=RESULTS))
     with first_alone():  # the others find the features in the cache

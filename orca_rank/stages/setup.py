@@ -60,8 +60,9 @@ def build_model(config: DictConfig, task: Task) -> OrcaModel:
     Raises:
         FileNotFoundError: embedder.aligned without a finished stage=align. ValueError: an embedder of another shape.
     """
+    backbone = resolve_backbone(config)  # may pretrain one, and draw: before the seed, which is for what follows
     torch.manual_seed(config.seed)
-    model = create_model(resolve_backbone(config), task, config.embedder.init, build(config.predictor.module))
+    model = create_model(backbone, task, config.embedder.init, build(config.predictor.module))
     if config.embedder.aligned:
         path = aligned_embedder(config)
         if not path.exists():
