@@ -8,6 +8,7 @@ from scipy.interpolate import make_interp_spline
 from scipy.sparse.linalg import spsolve
 
 from orca_rank.data.darcy import gaussian_field, sample_coefficient, solve, solve_all
+from orca_rank.data.darcy_batched import solve_batch
 from orca_rank.data.darcy_field import spectrum
 from orca_rank.data.darcy_solver import face_coefficients, matrix, solve_direct
 
@@ -222,3 +223,28 @@ def test_bad_coefficient_options(options):
     arguments = {"n": 1, "K": 8, "seed": 0, **options}
     with pytest.raises(ValueError, match="received"):
         sample_coefficient(**arguments)
+
+
+@pytest.mark.parametrize("mode", ["fno", "clean"])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-6), (np.float64, 1e-10)])
+def test_a_batch_in_torch_is_the_samples_one_by_one(mode, dtype, bound):
+    a = sample_coefficient(5, 33, seed=3, positions="nodes" if mode == "clean" else "centres")
+    a[1] = 1.0  # one that is done after a step while others go on
+    f = np.random.default_rng(0).standard_normal((33, 33))
+    one_by_one, batch = (solver(a, mode, f=f, dtype=dtype) for solver in (solve_all, cpu_batch))
+    assert batch.u.dtype == dtype and not batch.fallback.any()
+    assert np.linalg.norm(batch.u - one_by_one.u) < bound * np.linalg.norm(one_by_one.u)
+    assert abs(batch.iterations - one_by_one.iterations).max() <= 1 and batch.iterations[1] < batch.iterations[0]
+
+
+def cpu_batch(a, mode, **options):
+    return solve_batch(a, mode, device="cpu", **options)
+
+
+def test_a_batch_hands_what_does_not_converge_to_the_direct_solver():
+    a = sample_coefficient(3, 21, seed=0)
+    batch = solve_batch(a, max_iterations=2, dtype=np.float64, device="cpu")
+    assert batch.fallback.all()
+    assert np.linalg.norm(batch.u - solve(a, dtype=np.float64)) < 1e-9 * np.linalg.norm(batch.u)
+    with pytest.raises(ValueError, match="positive"):
+        solve_batch(-a, device="cpu")

@@ -59,7 +59,40 @@ def test_a_failure_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(darcy_data.np, "savez", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(2, folder=tmp_path, **SMALL)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupted_call_is_gone_on_with(tmp_path, monkeypatch):
+    whole = generate(40, folder=tmp_path / "whole", workers=1, **SMALL)
+    made = []
+
+    def stopping(first, *rest):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(first)
+        return sample_pairs(first, *rest)
+
+    sample_pairs = darcy_data.sample_pairs
+    monkeypatch.setattr(darcy_data, "sample_pairs", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        generate(40, folder=tmp_path / "cut", workers=1, **SMALL)
+    next((tmp_path / "cut").glob("*.parts/16.npz")).write_bytes(b"damaged")
+    made.clear()
+    monkeypatch.setattr(darcy_data, "sample_pairs", lambda *given: made.append(given[0]) or sample_pairs(*given))
+    again = generate(40, folder=tmp_path / "cut", workers=1, **SMALL)
+    assert made == [16, 32]
+    np.testing.assert_array_equal(again.solution, whole.solution)
+    assert again.metadata["mean_iterations"] == whole.metadata["mean_iterations"]
+    assert [path.suffix for path in (tmp_path / "cut").iterdir()] == [".npz"]
+
+
+def test_a_device_solves_batches_and_one_that_is_not_there_is_an_error(tmp_path):
+    here = generate(3, folder=tmp_path, **SMALL)
+    there = generate(3, folder=tmp_path, device="cpu:0", **SMALL)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert np.linalg.norm(here.solution - there.solution) < 1e-6 * np.linalg.norm(here.solution)
+    with pytest.raises(ValueError, match=r"data\.device=nowhere.*expected cpu, or a GPU"):
+        generate(3, folder=tmp_path, device="nowhere", **SMALL)
 
 
 def test_a_damaged_cache_says_so(tmp_path):

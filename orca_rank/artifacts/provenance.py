@@ -16,7 +16,9 @@ from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.artifacts.files import file_hash, read_json
 
 # Where files lie, and how hard the machine is worked, change nothing in a result.
-IGNORED_KEYS = frozenset({"root", "cache", "workers", "num_workers", "enable_progress_bar", "default_root_dir"})
+IGNORED_KEYS = frozenset(
+    {"root", "cache", "workers", "num_workers", "device", "enable_progress_bar", "default_root_dir"}
+)
 
 
 def contents_hash(paths: Sequence[Path]) -> str:

@@ -69,6 +69,7 @@ class Darcy(InMemory):
         data_seed: of the generated samples and the validation split.
         files: the .mat pair, relative to root.
         workers: processes for generating; null for one per core.
+        device: where new samples are solved: "cpu", or a GPU such as "cuda", equal to 1e-6 of a field's norm.
         batch_size, seed, statistics: see `InMemory`.
 
     Raises:
@@ -96,6 +97,7 @@ class Darcy(InMemory):
             "piececonst_r421_N1024_smooth2.mat",
         ),
         workers: int | None = None,
+        device: str = "cpu",
         batch_size: int = 4,
         seed: int = 0,
         statistics: Mapping[str, Tensor] | None = None,
@@ -114,7 +116,7 @@ class Darcy(InMemory):
         self.cache, self.root, self.source, self.files = Path(cache), Path(root), source, tuple(files)
         self.train, self.test, self.grid, self.stride, self.mode = train, test, grid, stride, mode
         self.val_fraction, self.train_limit, self.test_limit = val_fraction, train_limit, test_limit
-        self.data_seed, self.workers = data_seed, workers
+        self.data_seed, self.workers, self.device = data_seed, workers, str(device)
 
     @property
     def outline(self) -> Task:
@@ -148,6 +150,7 @@ class Darcy(InMemory):
             seed=self.data_seed,
             stream=int(is_test),
             workers=self.workers,
+            device=self.device,
         )
         return data._replace(coefficient=data.coefficient[:used], solution=data.solution[:used])
 

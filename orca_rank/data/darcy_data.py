@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +31,8 @@ from orca_rank.data.darcy_solver import MODES, solve_all
 from orca_rank.data.mat_files import read_fields
 
 _LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}
-_CHUNK = 16  # samples between two steps of the progress bar
+CHUNK = 16  # samples that are solved, and kept on disk, together
+GPU_CHUNK = 64
 _WORTH_PROCESSES = 2e7  # grid points; below, starting processes costs more than it saves
 
 
@@ -59,12 +61,14 @@ def generate(
     seed: int = 0,
     stream: int = 0,
     workers: int | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> DarcyArrays:
     """n samples of the published law, solved at `grid` and kept at every `stride`-th point; read back if cached.
 
-    Sample i depends on (seed, stream, i, grid, mode) alone, not on n or workers. In mode "fno" kept points lie at
-    (stride · i + ½)/grid, in mode "clean" at stride · i/(grid − 1).
+    Sample i depends on (seed, stream, i, grid, mode, device) alone, not on n or workers; another device rounds
+    otherwise. What is solved is kept beside the cache until all is there, and a later call goes on from it. In mode
+    "fno" kept points lie at (stride · i + ½)/grid, in mode "clean" at stride · i/(grid − 1).
 
     Args:
         n: number of samples.
@@ -73,10 +77,11 @@ def generate(
         mode: discretisation, "fno" or "clean", see `orca_rank.data.darcy_solver`.
         seed, stream: of the coefficients, see `orca_rank.data.darcy_field.gaussian_field`.
         workers: processes, one thread each; null for one per core, and none where the work is small.
+        device: "cpu", or a GPU, which solves `GPU_CHUNK` samples side by side (`darcy_batched`).
         progress: show a bar on a terminal.
 
     Raises:
-        ValueError: for parameters out of range. DamagedFile: for a damaged cache file.
+        ValueError: for parameters out of range, or a device that is not there. DamagedFile: for a damaged cache file.
     """
     subsampled_size(grid, stride)
     if n < 1 or (workers is not None and workers < 1):
@@ -84,14 +89,21 @@ def generate(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, received {mode!r}")
     parameters = {"n": n, "grid": grid, "stride": stride, "mode": mode, "seed": seed, "stream": stream, **_LAW}
+    if device != "cpu":
+        check_device(device)
+        parameters["device"] = device.split(":")[0]
     name = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(folder) / f"darcy-{mode}-{grid}-{stride}-{name}.npz"
     if not path.exists():
-        _write(path, _solve_chunks(parameters, workers, progress))
+        parts = path.with_suffix(".parts")
+        _write(path, _solve_chunks(parameters, workers, device, progress, parts))
+        shutil.rmtree(parts, ignore_errors=True)
     return _read(path)
 
 
-def sample_pairs(first: int, count: int, parameters: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int, int]:
+def sample_pairs(
+    first: int, count: int, parameters: dict[str, Any], device: str = "cpu"
+) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Samples first … first + count − 1, subsampled: coefficient, solution, iterations and fallbacks in total."""
     nodes = parameters["mode"] == "clean"
     with threadpool_limits(1):
@@ -107,16 +119,38 @@ def sample_pairs(first: int, count: int, parameters: dict[str, Any]) -> tuple[np
             tau=parameters["tau"],
             positions="nodes" if nodes else "centres",
         )
-        solution = solve_all(a, parameters["mode"])
+        if device == "cpu":
+            solution = solve_all(a, parameters["mode"])
+        else:
+            from orca_rank.data.darcy_batched import solve_batch  # here, because torch takes a worker seconds
+
+            solution = solve_batch(a, parameters["mode"], device=device)
     keep = slice(None, None, parameters["stride"])
     fallbacks = int(solution.fallback.sum())
     return a[:, keep, keep].copy(), solution.u[:, keep, keep].copy(), int(solution.iterations.sum()), fallbacks
 
 
-def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: bool) -> DarcyArrays:
+def check_device(device: str) -> None:
+    """Raise a ValueError for a device that is not there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"data.device={device}: {str(error).splitlines()[0]}; expected cpu, or a GPU of this machine such as cuda"
+        ) from error
+
+
+def _solve_chunks(
+    parameters: dict[str, Any], workers: int | None, device: str, progress: bool, parts: Path
+) -> DarcyArrays:
     n, grid = parameters["n"], parameters["grid"]
-    starts = range(0, n, _CHUNK)
-    if workers is None:
+    chunk = CHUNK if device == "cpu" else GPU_CHUNK
+    starts = range(0, n, chunk)
+    if device != "cpu":
+        workers = 1
+    elif workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = cores if n * grid**2 > _WORTH_PROCESSES else 1
     workers = min(workers, len(starts))
@@ -135,13 +169,21 @@ def _solve_chunks(parameters: dict[str, Any], workers: int | None, progress: boo
             iterations, fallbacks = iterations + result[2], fallbacks + result[3]
             bar.advance(task, count)
 
-        if workers == 1:
-            for start in starts:
-                keep(start, sample_pairs(start, min(_CHUNK, n - start), parameters))
+        found = {start: part for start in starts if (part := _read_part(parts, start, min(chunk, n - start), size))}
+        for start, part in found.items():
+            keep(start, part)
+        missing = [start for start in starts if start not in found]
+        arguments = {start: (start, min(chunk, n - start), parameters, device) for start in missing}
+        if workers == 1 or len(missing) < 2:
+            for start in missing:
+                part = sample_pairs(*arguments[start])
+                _write_part(parts, start, part)
+                keep(start, part)
         else:
             with ProcessPoolExecutor(workers, mp_context=_Spawned()) as pool:
-                jobs = {pool.submit(sample_pairs, s, min(_CHUNK, n - s), parameters): s for s in starts}
+                jobs = {pool.submit(sample_pairs, *arguments[start]): start for start in missing}
                 for job in as_completed(jobs):
+                    _write_part(parts, jobs[job], job.result())
                     keep(jobs[job], job.result())
     metadata = {
         **parameters,
@@ -171,6 +213,29 @@ class _Spawned(SpawnContext):
     """Spawns its workers, for forking a process that already runs threads (BLAS, torch) can deadlock."""
 
     Process = _Worker
+
+
+Part = tuple[np.ndarray, np.ndarray, int, int]  # as `sample_pairs` gives it
+
+
+def _write_part(parts: Path, start: int, part: Part) -> None:
+    parts.mkdir(parents=True, exist_ok=True)
+    with atomic(parts / f"{start}.npz") as temporary, open(temporary, "wb") as stream:
+        np.savez(stream, coefficient=part[0], solution=part[1], counts=np.array(part[2:]))
+
+
+def _read_part(parts: Path, start: int, count: int, size: int) -> Part | None:
+    """A chunk that an interrupted call has left, if it is whole."""
+    path = parts / f"{start}.npz"
+    if not path.exists():
+        return None
+    try:
+        a, u, counts = read_npz(path, ("coefficient", "solution", "counts"), "it is made again").values()
+        iterations, fallbacks = map(int, counts)
+    except (DamagedFile, MissingArray, ValueError):
+        return None
+    shape = (count, size, size)
+    return (a, u, iterations, fallbacks) if a.shape == u.shape == shape and a.dtype == u.dtype == np.float32 else None
 
 
 def _write(path: Path, data: DarcyArrays) -> None:

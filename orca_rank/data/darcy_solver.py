@@ -34,7 +34,7 @@ from scipy.sparse.linalg import splu
 
 MODES = ("fno", "clean")
 _MATRIX_SINE_LIMIT = 160  # below, two matrix products beat the fast transform
-_TOLERANCE = {"float32": 1e-7, "float64": 1e-12}
+TOLERANCE = {"float32": 1e-7, "float64": 1e-12}
 
 
 class Solution(NamedTuple):
@@ -91,10 +91,10 @@ def solve_all(
     """As `solve` for a (n, K, K), and also how each sample was solved."""
     a = np.asarray(a)
     real: np.dtype = np.dtype((np.float64 if a.dtype == np.float64 else np.float32) if dtype is None else dtype)
-    _check(a, mode, real)
+    check(a, mode, real)
     n, K, _ = a.shape
-    right = _right_hand_side(f, K, mode)
-    method = _ConjugateGradients(K, real, tolerance or _TOLERANCE[real.name], max_iterations)
+    right = right_hand_side(f, K, mode)
+    method = _ConjugateGradients(K, real, tolerance or TOLERANCE[real.name], max_iterations)
     u: np.ndarray = np.zeros((n, K, K), real)
     iterations = np.zeros(n, np.int64)
     fallback = np.zeros(n, np.bool_)
@@ -107,15 +107,16 @@ def solve_all(
             inner = solve_direct(first, second, right)
         u[i, 1:-1, 1:-1] = inner
         if mode == "fno":
-            to_centres = _spline_matrix(K, "centres", real.name)
+            to_centres = spline_matrix(K, "centres", real.name)
             u[i] = to_centres @ u[i] @ to_centres.T
     return Solution(u, iterations, fallback)
 
 
-def _check(a: np.ndarray, mode: str, dtype: np.dtype) -> None:
+def check(a: np.ndarray, mode: str, dtype: np.dtype) -> None:
+    """Raise a ValueError for what `solve` refuses."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, received {mode!r}")
-    if dtype.name not in _TOLERANCE:
+    if dtype.name not in TOLERANCE:
         raise ValueError(f"dtype must be float32 or float64, received {dtype.name}")
     smallest = 4 if mode == "fno" else 3
     if a.ndim != 3 or a.shape[1] != a.shape[2] or a.shape[1] < smallest:
@@ -124,7 +125,7 @@ def _check(a: np.ndarray, mode: str, dtype: np.dtype) -> None:
         raise ValueError("the coefficient must be finite and positive; it has NaN, infinite, zero or negative values")
 
 
-def _right_hand_side(f: float | np.ndarray, K: int, mode: str) -> Float[np.ndarray, "N N"]:
+def right_hand_side(f: float | np.ndarray, K: int, mode: str) -> Float[np.ndarray, "N N"]:
     """h² f on the inner nodes, N = K − 2."""
     if np.ndim(f) == 0:
         nodes = np.full((K, K), float(f))
@@ -133,13 +134,13 @@ def _right_hand_side(f: float | np.ndarray, K: int, mode: str) -> Float[np.ndarr
         if nodes.shape != (K, K):
             raise ValueError(f"f must be a number or an array ({K}, {K}), received shape {nodes.shape}")
         if mode == "fno":
-            to_nodes = _spline_matrix(K, "nodes", "float64")
+            to_nodes = spline_matrix(K, "nodes", "float64")
             nodes = to_nodes @ nodes @ to_nodes.T
     return nodes[1:-1, 1:-1] / (K - 1) ** 2
 
 
 @lru_cache(maxsize=16)
-def _spline_matrix(K: int, to: str, dtype: str) -> Float[np.ndarray, "K K"]:
+def spline_matrix(K: int, to: str, dtype: str) -> Float[np.ndarray, "K K"]:
     """Not-a-knot cubic spline between the centres (i + ½)/K and the nodes i/(K − 1), as a matrix."""
     centres, nodes = (np.arange(K) + 0.5) / K, np.linspace(0, 1, K)
     source, target = (centres, nodes) if to == "nodes" else (nodes, centres)
@@ -153,7 +154,7 @@ def face_coefficients(
 ) -> tuple[Float[np.ndarray, "F N"], Float[np.ndarray, "N F"]]:
     """Coefficients on the faces between nodes: along the first axis (K − 1, K − 2) and the second (K − 2, K − 1)."""
     if mode == "fno":
-        to_nodes = _spline_matrix(len(a), "nodes", a.dtype.name)
+        to_nodes = spline_matrix(len(a), "nodes", a.dtype.name)
         nodes = to_nodes @ a @ to_nodes.T
         return (nodes[1:, 1:-1] + nodes[:-1, 1:-1]) / 2, (nodes[1:-1, 1:] + nodes[1:-1, :-1]) / 2
     resistance = 1 / a

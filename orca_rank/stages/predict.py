@@ -22,7 +22,7 @@ from orca_rank.stages.trainer import device_of
 
 console = Console()
 # Data options that change neither which samples are the test set nor how they are read.
-HARMLESS = ("batch_size", "seed", "workers", "cache", "root")
+HARMLESS = ("batch_size", "seed", "workers", "device", "cache", "root")
 FAR = 10.0  # deviations of the training inputs: no data of the same kind and unit are so far off as a whole
 
 
