@@ -1,5 +1,5 @@
-"""The Darcy solver of `darcy_solver` for many fields side by side, in torch and on a GPU: the same systems, preconditioner
-and stopping rule."""
+"""The Darcy solver of `darcy_solver` for many fields side by side, in torch and on a GPU: the same systems, the same
+preconditioner and stopping rule."""
 
 from __future__ import annotations
 
