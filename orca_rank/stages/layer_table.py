@@ -53,14 +53,22 @@ def plan_tables(
 ) -> list[Table]:
     """The chosen ranks and those of further rules, in as many tables as the width asks for."""
     tables: list[dict[str, Mapping[str, int]]] = [{}]
-    left = room = width - 57  # what the other columns leave to further rules
+    names = max(map(len, grouped(layers)))
+    left = room = width - 29 - names - _column(layers, "rank", chosen)  # what the other columns leave to further rules
     for name, plan in others.items():
-        column = max(len(name), 8) + 3
+        column = _column(layers, name, plan)
         if tables[-1] and column > left:
             tables, left = [*tables, {}], room
         tables[-1][name] = plan
         left -= column
     return [_plan_table(layers, chosen, table, not table or width >= WIDE) for table in tables]
+
+
+def _column(layers: Sequence[Layer], title: str, plan: Mapping[str, int]) -> int:
+    """The width of a column of ranks, its border and padding included."""
+    ranks = (" ".join(str(plan[layer.name]) for layer in members) for members in grouped(layers).values())
+    spent = f"{sum(plan[layer.name] * layer.cost for layer in layers):,}"
+    return 3 + max(map(len, (title, spent, *ranks)))
 
 
 def _plan_table(
