@@ -43,5 +43,6 @@ def test_the_code_of_the_page_for_scripts_runs():
     for block in blocks:
         exec(compile(block, "docs/own-script.md", "exec"), names)
     assert len(blocks) > 5
+    assert len(names["of_text"].layers) == 6 and all(layer.gap["mmd"].value > 0.5 for layer in names["of_text"].layers)
     assert names["plan"].ranks and names["logits"].shape == (16, 10)
     assert names["distances"]["mmd"]["after"]["value"] < names["distances"]["mmd"]["before"]["value"]
