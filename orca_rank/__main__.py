@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from orca_rank import __version__, job
 from orca_rank.artifacts.lock import WAIT
+from orca_rank.hints import hint
 from orca_rank.processes import world
 
 _CHECKOUT = Path(__file__).parents[1] / "conf"
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(listed := getattr(end.__context__, "listed", None), str):
             failed += Path(listed).read_text().splitlines()
             Path(listed).unlink()
+        elif end.__context__ is not None and (mend := hint(end.__context__, CONF)) is not None:
+            print(f"error: {mend}", file=sys.stderr)
         raise
     except (Stopped, KeyboardInterrupt) as stop:
         number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT

@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from orca_rank.backbone import create_model, create_timm, source_model
+from orca_rank.backbone import create_model, create_timm, hub, source_model
 from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.task import Normaliser, Task, relative_l2
 
@@ -135,3 +136,24 @@ def test_a_task_comes_back_from_its_file():
     for values in ({}, {**task.to_dict(), "input_shape": [3, 8]}, {**task.to_dict(), "kind": "painting"}):
         with pytest.raises(ValueError, match="not the description of a task"):
             Task.from_dict(values)
+
+
+def test_without_a_network_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(hub.timm, "create_model", lambda *_, **__: tried.append("hub") or nn.Identity())
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+
+    def refuse(*_: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(hub.socket, "create_connection", refuse)
+    with pytest.raises(ConnectionError, match=r"does not answer\).*backbone.pretrained=<path"):
+        hub.from_hub("swin_tiny_patch4_window7_224", {})
+    assert not tried
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "fetched before")
+    hub.from_hub("swin_tiny_patch4_window7_224", {})
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy"})  # left to the client
+    hub.from_hub("swin_tiny_patch4_window7_224", {})
+    assert len(tried) == 2

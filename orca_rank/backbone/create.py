@@ -19,6 +19,7 @@ from orca_rank.backbone.families import (
     image_size,
     stages_of,
 )
+from orca_rank.backbone.hub import from_hub
 from orca_rank.backbone.model import OrcaModel
 from orca_rank.backbone.the_timm import timm
 from orca_rank.predictors import Stages
@@ -58,7 +59,7 @@ def create_timm(backbone: Mapping[str, Any]) -> nn.Module:
             raise _refused(name, options, again) from again
     family = family_of(model, name)
     if source is True:
-        model = _from_hub(name, options)
+        model = from_hub(name, options)
     if pixels is not None:
         model.input_pixels = pixels
     _check_size(model, name)
@@ -87,17 +88,6 @@ def _check_size(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"{name} reads images whose sides are multiples of {deepest}: backbone.options.img_size={list(size)}"
         )
-
-
-def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=True, **options)
-    except Exception as error:
-        raise ConnectionError(
-            f"could not get pretrained weights of {name} from timm's hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no detail'}): set backbone.pretrained=<path of a weights "
-            f"file>, or backbone.pretrained=false for random weights"
-        ) from error
 
 
 def weights_hash(module: nn.Module) -> str:

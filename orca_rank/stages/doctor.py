@@ -17,6 +17,7 @@ from rich.table import Table
 
 from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.backbone.families import FAMILIES
+from orca_rank.backbone.hub import fetched, place_of
 from orca_rank.backbone.the_timm import timm
 from orca_rank.weights import shipped
 
@@ -84,13 +85,10 @@ def weights_at_hand(backbone: Any) -> str:
         return f"weights at hand: {source}" if there else f"no file at {source}: set backbone.pretrained to another"
     if not timm.is_model(backbone["name"]):
         return f"timm has no model {backbone['name']}: set backbone.name"
-    known = timm.models.get_pretrained_cfg(backbone["name"])
-    place = None if known is None else known.hf_hub_id
+    place = place_of(backbone["name"])
     if place is None:
         return "timm's hub has no weights of it: set backbone.pretrained=false or to a file"
-    hub = importlib.import_module("huggingface_hub")  # comes with timm; here, because it takes a second
-    files = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(hub.try_to_load_from_cache(str(place), file), str) for file in files):
+    if fetched(place):
         return f"weights at hand, fetched before from {place}"
     return (
         f"weights NOT at hand: the first use fetches {place} from the hub, which needs a network; without one set "
