@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from orca_rank import __version__, job
+from orca_rank.artifacts.command import TYPED
 from orca_rank.artifacts.lock import WAIT
 from orca_rank.processes import world
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"orca_rank {__version__}")
         return 0
     sys.argv[1:] = with_demo(arguments)
+    os.environ[TYPED] = shlex.join(sys.argv[1:])
     _listen()
     failed: list[str] = []
     elsewhere = f".failed-{platform.node()}-{os.getpid()}"  # where jobs in processes of their own list theirs

@@ -30,6 +30,8 @@ from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_run, read_tunes
 from orca_rank.report.tables import means, summary
 from orca_rank.report.tune_sections import finetunes, predictions
+from orca_rank.stages.tracking import show
+from orca_rank.tracking.pages import report_page
 
 console = Console()
 _PRINTED = 40  # fine-tunes printed; the files have all
@@ -89,6 +91,7 @@ def _report(config: DictConfig, path: Path) -> None:
             write_csv(path / name, rows)
         else:
             (path / name).unlink(missing_ok=True)
+    show(config, "report", path / "report", {}, lambda: report_page(path))
     _print(found.tunes, baselines)
     for what, command in found.missing:
         console.print(f"not there yet: {what}: `{command}`", soft_wrap=True)
