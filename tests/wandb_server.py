@@ -26,6 +26,9 @@ class Server(ThreadingHTTPServer):
         self.artifacts: dict[tuple[str, str, str], str] = {}
         self.used: set[tuple[str, str]] = set()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no error."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
@@ -43,14 +46,14 @@ class Server(ThreadingHTTPServer):
                 "id": given["name"], "name": given["name"], "displayName": run["displayName"], "config": run["config"],
                 "summaryMetrics": lines[-1] if lines else "{}", "historyTail": json.dumps(lines[-1:]),
                 "historyLineCount": len(lines), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]",
-                "tags": [], "notes": "", "wandbConfig": "{}",
+                "tags": [], "notes": "", "wandbConfig": '{"t": 1}',
             }  # fmt: skip
             return {"model": {**project, "bucket": bucket}}
         if name == "UpsertBucket":
             known = self.runs.setdefault(given["name"], {"displayName": None, "config": "{}"})
             known |= {key: value for key, value in given.items() if value is not None}
-            bucket = {"id": given["name"], "name": given["name"], "displayName": known["displayName"], "project": project}
-            return {"upsertBucket": {"bucket": {**bucket, "config": known["config"], "historyLineCount": 0}}}
+            bucket = {"id": given["name"], "name": given["name"], "project": project, "historyLineCount": 0}
+            return {"upsertBucket": {"bucket": {**bucket, **{key: known[key] for key in ("displayName", "config")}}}}
         if name == "CreateArtifact":
             sent = given["input"]
             key = (sent["artifactCollectionName"], sent["artifactTypeName"], sent["digest"])
@@ -95,6 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     do_PUT = do_POST
+
     def do_GET(self) -> None:
         self.headers["Content-Length"] = self.headers["Content-Length"] or "0"
         self.do_POST()

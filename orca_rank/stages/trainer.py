@@ -173,6 +173,15 @@ def logger_for(logger: Any, folder: Path, job: Job | None) -> Any:
     return build(logger, save_dir=place, _partial_=True)(job=job)  # Hydra would make plain values of it
 
 
+def check_logger(logger: Any) -> None:
+    """Raise a ValueError for logger=tensorboard or mlflow without its package."""
+    room, _, name = str(logger["_target_"]).rpartition(".") if logger else ("", "", "")
+    if room == "orca_rank.training.loggers":
+        from orca_rank.training.loggers import check_package  # here, because lightning takes seconds
+
+        check_package(name)
+
+
 def callbacks_of(config: Mapping[str, Any]) -> list[Callback]:
     """The callbacks of config.callbacks, the user's own.
 

@@ -11,7 +11,7 @@ from typing import Any
 from orca_rank.artifacts.files import read_json, read_record
 from orca_rank.measuring.records import Layer
 from orca_rank.ranks import RankPlan
-from orca_rank.report.results import PARTS, Alignment, Counts, Interval, budget_text
+from orca_rank.report.results import PARTS, Alignment, Counts, Interval, budget_text, flat
 from orca_rank.tracking.page import Chart, Files, Page, Row
 
 
@@ -90,7 +90,7 @@ def finetune_page(folder: Path, layers: Sequence[Layer], pictures: Mapping[str, 
     plan = None
     if (folder / "ranks.json").exists():
         plan = read_record(folder / "ranks.json", "stage=finetune", RankPlan.from_dict)
-    config = payload["config"]
+    options = flat(payload["config"])
     charts = {}
     if plan is not None:
         charts["ranks"] = Chart("bar", "layers", "layer", "rank", "rank of every layer")
@@ -105,8 +105,8 @@ def finetune_page(folder: Path, layers: Sequence[Layer], pictures: Mapping[str, 
     files = {path.relative_to(folder).as_posix(): path for path in _trained(folder)}
     return Page(
         config={
-            "adapter": config["adapter"]["name"],
-            "lr": config["finetune"]["optimizer"].get("lr"),
+            "adapter": options.get("adapter.name"),
+            "lr": options.get("finetune.optimizer.lr"),
             "metric": metric,
             **_plan_words(plan),
         },

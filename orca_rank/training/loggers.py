@@ -21,7 +21,7 @@ def tensorboard(save_dir: str, job: Job | None = None, **options: Any) -> Tensor
     Raises:
         ValueError: without the package tensorboard.
     """
-    _needs("tensorboard", "tensorboard", "tensorboardX")
+    check_package("tensorboard")
     return TensorBoardLogger(save_dir, **{"name": "", "version": "", **options})
 
 
@@ -38,7 +38,7 @@ class MLflow(MLFlowLogger):
     """
 
     def __init__(self, save_dir: str, job: Job | None = None, **options: Any) -> None:
-        _needs("mlflow", "mlflow")
+        check_package("mlflow")
         self.kept = Path(save_dir) / "mlflow-id"
         if job is not None:
             options = {"run_name": job.name, "tags": {"run": job.run, "stage": job.stage}, **options}
@@ -56,6 +56,12 @@ class MLflow(MLFlowLogger):
         return client
 
 
-def _needs(extra: str, *modules: str) -> None:
-    if not any(importlib.util.find_spec(module) for module in modules):
-        raise ValueError(f'logger={extra} needs the package {modules[0]}: pip install "orca_rank[{extra}]"')
+def check_package(logger: str) -> None:
+    """Raise a ValueError where the package that a logger needs is not installed.
+
+    Args:
+        logger: tensorboard or mlflow, in any case.
+    """
+    package = logger.lower()
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f'logger={package} needs the package {package}: pip install "orca_rank[{package}]"')

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
+import wandb
 from orca_rank.artifacts.command import command
 from orca_rank.tracking.page import Chart, Files, Job, Page, Row
 
@@ -25,6 +25,7 @@ STEP = "trainer/global_step"  # Lightning's name for the optimiser step of a row
 LOWEST = ("train/*", "val/*", "test/*", "loss")  # every metric of this package is an error: lower is better
 LAST = ("lr", "lr/*", "epoch")
 ID = "wandb-id"
+ROWS = 1_000_000  # more than a part of a run has
 
 
 class WandB(WandbLogger):
@@ -76,8 +77,10 @@ class WandB(WandbLogger):
         options = {**self._wandb_init, "dir": str(folder), "reinit": "create_new"}
         if self._id is None:
             self._id = options["id"] = kept_id(folder)
+        earlier = 0
         if self._offline and os.environ.get("WANDB_MODE") != "disabled":
             options["mode"] = "offline"
+            earlier = len(list(folder.glob(f"wandb/offline-run-*-{self._id}")))
         try:
             run = wandb.init(**{name: value for name, value in options.items() if value is not None})
         except wandb.errors.Error as error:
@@ -85,6 +88,8 @@ class WandB(WandbLogger):
                 f"logger.offline=false: W&B cannot be used now ({error}): run `wandb login` or set WANDB_API_KEY, or "
                 f"leave logger.offline=true and send the run later with `wandb sync`"
             ) from error
+        if earlier:  # rows of a run that is gone on with come after those of the parts that are synced before it
+            run.log({}, step=earlier * ROWS)
         run.define_metric(STEP)
         for name in (*LOWEST, *LAST):  # no "*" beside them: of several patterns that fit W&B takes any
             run.define_metric(name, step_metric=STEP, step_sync=True, summary="min" if name in LOWEST else None)
