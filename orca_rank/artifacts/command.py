@@ -30,12 +30,17 @@ def command(*options: str) -> str:
     return shlex.join(["python", "-m", "orca_rank", *_flags, *kept, *wanted])
 
 
-def swept() -> list[str]:
-    """The options of the running command that a sweep has chosen for this point: what tells it from the others."""
+def swept(options: Sequence[str] | None = None) -> list[str]:
+    """Those of the options, by default of the running command's, that a sweep has chosen for this point: what tells it
+    from the others."""
     typed = dict(word.partition("=")[::2] for word in shlex.split(os.environ.get(TYPED, "")) if "=" in word)
     if not typed:
         return []
-    return [option for option in _given if _several(typed.get(option.partition("=")[0], ","))]
+    return [
+        option
+        for option in (_given if options is None else options)
+        if _several(typed.get(option.partition("=")[0], ","))
+    ]
 
 
 def _several(value: str) -> bool:
