@@ -94,9 +94,13 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[float]) -> None:
+def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[float]) -> float | None:
     """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
-    in the sweep's folder where this is a process of its own, whose status says so too."""
+    in the sweep's folder where this is a process of its own, whose status says so too.
+
+    Returns:
+        For a sweeper that searches, the validation metric of the fine-tune; infinity of one that failed.
+    """
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
@@ -109,9 +113,12 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[flo
     progress = _progress(hydra_config, passed) if swept_over else None
     if progress is not None and alone:
         print(f"\n{progress.words()}: {' '.join(swept(options))}", flush=True)
+    value = None
     try:
         job.check(config)
         job.run(config, options, flags)
+        if swept_over and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
+            value = importlib.import_module("orca_rank.stages.sweep").objective(config)
     except Exception as error:
         message = _show(error)
         if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
@@ -123,10 +130,12 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[flo
                 stream.write(" ".join(line.split()) + "\n")
             raise PointFailed(f"not all of the sweep went well: {message}", str(listed)) from None
         failed.append(line)
+        value = math.inf
     if progress is not None:
         sweep = importlib.import_module("orca_rank.stages.sweep")
         sweep.grow(Path(config.paths.runs) / str(config.run), last=alone and progress.last)
         passed.append(time.monotonic() - began)
+    return value
 
 
 def _progress(hydra_config: Any, passed: list[float]) -> Any:

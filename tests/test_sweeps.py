@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import run_folders
+from omegaconf import OmegaConf
 from shared import TINY_SWIN
 
 from orca_rank.__main__ import main
@@ -148,3 +149,20 @@ def test_groups_are_compared_with_the_uniform_ones_of_their_options_only(
     monkeypatch.setattr(tables, "_to_uniform", lambda one, others: compared.extend(others) or to_uniform(one, others))
     found = tables.groups(read_tunes(RunFolder(tmp_path, "run=x")).tunes)
     assert len(compared) == 40 and sum(group.difference is not None for group in found) == 20
+
+
+@pytest.mark.slow
+def test_optuna_searches_for_the_lowest_validation_metric(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    searched = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    options = ["stage=finetune", "embedder.aligned=false", *OPTIONS, f"paths.runs={tmp_path}"]
+    command = [sys.executable, "-W", "ignore", "-m", "orca_rank", "-m", *searched, *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    lr = "finetune.optimizer.lr=interval(0.001,0.1)"
+    done = subprocess.run([*command, lr], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "point 3 of 3, about " in done.stdout
+    run = tmp_path / "default"
+    values = [json.loads(path.read_text())["val/error"] for path in run.glob("finetune/*/metrics.json")]
+    found = OmegaConf.load(run / "optimization_results.yaml")
+    assert len(values) == 3 and found.best_value == min(values)

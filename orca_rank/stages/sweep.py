@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orca_rank.artifacts.files import write_csv
+from omegaconf import DictConfig
+
+from orca_rank.artifacts.files import read_record, write_csv
 from orca_rank.artifacts.lock import locked
 from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_tunes
 from orca_rank.report.tables import means, summary
+from orca_rank.stages.setup import stage_folder
 
 EACH = 5e-4  # seconds that it takes to read a fine-tune, about
 FREE, SHARE = 1.0, 20  # seconds that a summary may take after every point; of more, one part of the time in so many
@@ -40,6 +44,15 @@ def grow(path: Path, *, last: bool) -> None:
         return
     with contextlib.suppress(BlockingIOError, ValueError), locked(path / "report"):
         write_tables(path, read_tunes(RunFolder(path, "")).tunes)
+
+
+def objective(config: DictConfig) -> float | None:
+    """The validation metric of the configured fine-tune, which is lower where it is better; None if it has not run."""
+    finetune = importlib.import_module("orca_rank.stages.finetune")  # here, because lightning takes seconds
+    path = stage_folder(config, "finetune") / finetune.tag(config) / "metrics.json"
+    if not path.exists():
+        return None
+    return read_record(path, "stage=finetune", lambda payload: float(payload[f"val/{payload['metric']}"]))
 
 
 class Progress:
