@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
 import platform
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from orca_rank import __version__, job
+from orca_rank.artifacts.command import TYPED, swept
 from orca_rank.artifacts.lock import WAIT
 from orca_rank.hints import hint
 from orca_rank.processes import world
@@ -53,11 +59,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"orca_rank {__version__}")
         return 0
     sys.argv[1:] = with_demo(arguments)
+    os.environ[TYPED] = shlex.join(sys.argv[1:])
     _listen()
     failed: list[str] = []
+    passed: list[float] = []  # seconds that the points of a sweep took, one after the other
     elsewhere = f".failed-{platform.node()}-{os.getpid()}"  # where jobs in processes of their own list theirs
     try:
-        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere))()
+        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere, passed))()
     except SystemExit as end:
         if isinstance(listed := getattr(end.__context__, "listed", None), str):
             failed += Path(listed).read_text().splitlines()
@@ -89,9 +97,13 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str], elsewhere: str) -> None:
+def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[float]) -> float | None:
     """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
-    in the sweep's folder where this is a process of its own, whose status says so too."""
+    in the sweep's folder where this is a process of its own, whose status says so too.
+
+    Returns:
+        For a sweeper that searches, the validation metric of the fine-tune; infinity of one that failed.
+    """
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
@@ -99,9 +111,17 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str) -> None:
     alone = hydra_config.mode != RunMode.MULTIRUN or hydra_config.launcher["_target_"].endswith(".BasicLauncher")
     if not alone:  # points that share an alignment or a measurement make it once
         os.environ[WAIT] = "1"
+    began = time.monotonic()
+    swept_over = hydra_config.mode == RunMode.MULTIRUN and world().size == 1
+    progress = _progress(hydra_config, passed) if swept_over else None
+    if progress is not None and alone:
+        print(f"\n{progress.words()}: {' '.join(swept(options))}", flush=True)
+    value = None
     try:
         job.check(config)
         job.run(config, options, flags)
+        if swept_over and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
+            value = importlib.import_module("orca_rank.stages.sweep").objective(config)
     except Exception as error:
         message = _show(error)
         if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
@@ -113,6 +133,26 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str) -> None:
                 stream.write(" ".join(line.split()) + "\n")
             raise PointFailed(f"not all of the sweep went well: {message}", str(listed)) from None
         failed.append(line)
+        value = math.inf
+    if progress is not None:
+        sweep = importlib.import_module("orca_rank.stages.sweep")
+        sweep.grow(Path(config.paths.runs) / str(config.run), last=alone and progress.last)
+        passed.append(time.monotonic() - began)
+    return value
+
+
+def _progress(hydra_config: Any, passed: list[float]) -> Any:
+    """The `stages.sweep.Progress` of the running sweep."""
+    sweep = importlib.import_module("orca_rank.stages.sweep")  # here, because what it reads with takes a second
+    sweeper = hydra_config.sweeper
+    total = sweeper.get("n_trials")
+    if str(sweeper["_target_"]).endswith(".BasicSweeper"):
+        words = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
+        words += [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+        overrides = {one.key_or_group: one for one in OverridesParser.create().parse_overrides(words)}
+        several = [one for one in overrides.values() if one.is_discrete_sweep()]
+        total = math.prod(sum(1 for _ in one.sweep_string_iterator()) for one in several)
+    return sweep.Progress(total, passed)
 
 
 def _show(error: Exception) -> str:

@@ -25,6 +25,7 @@ FLOORS = (
     ("adapters",),
     ("backbone",),
     ("data", "report"),
+    ("tracking",),
     ("fitted", "training"),
     ("stages",),
     ("api", "job"),
@@ -33,8 +34,8 @@ FLOORS = (
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 # What a distribution is called when it is imported, where that is another name.
 IMPORTED_AS = {"pot": "ot", "hydra-core": "hydra", "scikit-learn": "sklearn", "pillow": "PIL"}
-# Reached through the config alone: lightning's W&B logger.
-CONFIGURED = {"wandb", "geomloss", "torchvision"}
+# Reached through the config alone.
+CONFIGURED = {"geomloss", "torchvision"}
 PURE = ("distances", "ranks", "adapters", "predictors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -58,6 +59,10 @@ def test_every_option_composes_and_builds(
     if group == "backbone":
         assert set(node) >= {"name", "pretrained", "options"}
     extra = {"logger": {"save_dir": str(tmp_path)}, "trainer": {"logger": False}}.get(group, {})
+    if group == "logger" and option in ("tensorboard", "mlflow") and importlib.util.find_spec(option) is None:
+        with pytest.raises(ValueError, match=rf'pip install "orca_rank\[{option}\]"'):
+            build(node, **extra)
+        return
     for target in targets(node):
         objective = target["_target_"].startswith("orca_rank.distances.objectives")
         assert build(target, **(SOURCE if objective else extra)) is not None
@@ -66,6 +71,7 @@ def test_every_option_composes_and_builds(
 def test_there_are_options_to_test() -> None:
     groups = {group for group, _ in OPTIONS}
     assert groups >= {"stage", "data", "source", "backbone", "align", "gap", "rank", "adapter", "trainer", "logger"}
+    assert "callbacks" in groups
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -146,14 +146,6 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     assert (folder(broken) / "curve.csv").read_text() == (folder(whole) / "curve.csv").read_text()
 
 
-@pytest.mark.slow
-def test_every_job_of_a_sweep_is_a_wandb_run_of_its_own(composed: Callable[..., DictConfig]) -> None:
-    for r in (1, 2):
-        finetune.run(composed(*TINY, f"rank.r={r}", "logger=wandb", "finetune.epochs=1"))
-    runs = Path(composed(*TINY).paths.runs)
-    assert len(list(runs.rglob("offline-run-*/*.wandb"))) == 2
-
-
 def test_only_what_is_declared_moves(composed: Callable[..., DictConfig]) -> None:
     config = composed(*TINY, "embedder.train=false")
     finetune.run(config)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared import TINY_FINETUNE
+
 NOTHING_HEAVY = {"torch", "numpy", "scipy", "timm", "lightning", "matplotlib", "sklearn"}
 NO_TRAINING = {"lightning", "torchmetrics", "transformers", "wandb", "sklearn", "scipy.stats", "matplotlib", "peft"}
 
@@ -36,6 +38,12 @@ def test_a_plan_imports_nothing_that_trains(tmp_path: Path) -> None:
     found = loaded(command("stage=plan", "paths.runs=runs"), tmp_path)
     assert (tmp_path / "runs/default/plan/plan.json").is_file()
     assert "timm" in found and not found & NO_TRAINING
+
+
+def test_a_fine_tune_that_writes_csv_imports_no_tracking_service(tmp_path: Path) -> None:
+    found = loaded(command("stage=finetune", *TINY_FINETUNE, "rank.r=1", "paths.runs=runs"), tmp_path)
+    assert list((tmp_path / "runs/default/finetune").glob("*/log/metrics.csv"))
+    assert not found & {"wandb", "mlflow", "tensorboard"}
 
 
 def test_stages_that_train_nothing_import_nothing_that_trains(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -11,9 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import run_folders
+from omegaconf import OmegaConf
 from shared import TINY_SWIN
 
+from orca_rank.__main__ import main
+from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.lock import WAIT, locked
+from orca_rank.report import kept, run_folder, tables
+from orca_rank.report.run_folder import RunFolder, read_tunes
+from orca_rank.stages import sweep
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (
@@ -56,6 +64,8 @@ def test_points_beside_each_other_share_what_comes_before_the_fine_tune(tmp_path
     assert sorted(max(one.values()) for one in ranks) == [1, 2]
     assert len(list(run.glob("finetune/*/metrics.json"))) == 2
     assert not list(run.glob(".failed*"))
+    with open(run / "summary.csv") as stream:
+        assert sorted(row["budget"] for row in csv.DictReader(stream)) == ["r=1", "r=2"]
 
 
 def test_points_of_a_sweep_wait_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +89,80 @@ def test_points_of_a_sweep_wait_for_a_folder(tmp_path: Path, monkeypatch: pytest
         order.append("second")
     other.join()
     assert order == ["first", "first ends", "second"]
+
+
+def test_a_sweep_says_how_far_it_is_and_its_summary_grows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    grow = sweep.grow
+
+    def growing(path: Path, *, last: bool) -> None:
+        run_folders.finetune(path, f"t{len(seen)}", 0.25, seed=len(seen))
+        grow(path, last=last)
+        seen.append(((path / "summary.csv").read_text().count("\n") - 1, last))
+
+    monkeypatch.setattr(sweep, "grow", growing)
+    monkeypatch.setattr(sys, "argv", ["orca_rank"])
+    options = ["-m", "stage=plan", "rank.r=1,2", "seed=range(2)", f"paths.runs={tmp_path}", "data=digits", *TINY_SWIN]
+    assert main(options) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("point ")]
+    assert said[0] == "point 1 of 4: rank.r=1 seed=0"
+    assert said[3].startswith("point 4 of 4, about ") and said[3].endswith(" left: rank.r=2 seed=1")
+    assert seen == [(1, False), (2, False), (3, False), (4, True)]
+
+
+def test_the_time_left_is_that_of_the_points_that_ran_last() -> None:
+    assert sweep.Progress(30, [0.0] * 5 + [60.0] * 10).words() == "point 16 of 30, about 15 min left"
+    assert sweep.Progress(None, [1.0]).words() == "point 2"
+    assert [sweep.duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
+
+
+def test_a_folder_of_many_fine_tunes_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(6):
+        run_folders.finetune(tmp_path, f"t{seed}", 0.25, seed=seed)
+    opened = []
+    monkeypatch.setattr(run_folder, "read_json", lambda path, made: opened.append(path.name) or read_json(path, made))
+
+    def tags() -> list[tuple[str, float]]:
+        opened.clear()
+        return sorted((tune.tag, tune.val) for tune in read_tunes(RunFolder(tmp_path, "run=x")).tunes)
+
+    first = tags()
+    assert len(opened) == 12 and tags() == first and not opened
+    run_folders.finetune(tmp_path, "t3", 0.5, seed=3)
+    run_folders.finetune(tmp_path, "t6", 0.5, seed=6)
+    assert dict(tags()) == {**dict(first), "t3": 0.5, "t6": 0.5} and len(opened) == 4
+    (tmp_path / kept.NAME).write_text('{"schema": 1, "files": {"finetune/t0/metrics.json": 7}')
+    assert len(tags()) == 7 and len(opened) == 14
+
+
+def test_groups_are_compared_with_the_uniform_ones_of_their_options_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in range(40):
+        rule, lr = ("uniform", "proportional")[place % 2], 0.001 * (place // 2)
+        options = {"finetune": {"optimizer": {"lr": lr}}}
+        run_folders.finetune(tmp_path, f"t{place}", 0.25 + 0.01 * (place % 2), rule=rule, options=options)
+    compared = []
+    to_uniform = tables._to_uniform
+    monkeypatch.setattr(tables, "_to_uniform", lambda one, others: compared.extend(others) or to_uniform(one, others))
+    found = tables.groups(read_tunes(RunFolder(tmp_path, "run=x")).tunes)
+    assert len(compared) == 40 and sum(group.difference is not None for group in found) == 20
+
+
+@pytest.mark.slow
+def test_optuna_searches_for_the_lowest_validation_metric(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    searched = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    options = ["stage=finetune", "embedder.aligned=false", *OPTIONS, f"paths.runs={tmp_path}"]
+    command = [sys.executable, "-W", "ignore", "-m", "orca_rank", "-m", *searched, *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    lr = "finetune.optimizer.lr=interval(0.001,0.1)"
+    done = subprocess.run([*command, lr], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "point 3 of 3, about " in done.stdout
+    run = tmp_path / "default"
+    values = [json.loads(path.read_text())["val/error"] for path in run.glob("finetune/*/metrics.json")]
+    found = OmegaConf.load(run / "optimization_results.yaml")
+    assert len(values) == 3 and found.best_value == min(values)

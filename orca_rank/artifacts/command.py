@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from collections.abc import Sequence
 
+TYPED = "ORCA_RANK_TYPED"  # the command line as it was typed, also for the processes that it starts
 _given: tuple[str, ...] = ()
 _flags: tuple[str, ...] = ()
 
@@ -25,6 +28,27 @@ def command(*options: str) -> str:
     replaced = {_group(option) for option in wanted} | {"force"}
     kept = [option for option in _given if _group(option) not in replaced]
     return shlex.join(["python", "-m", "orca_rank", *_flags, *kept, *wanted])
+
+
+def swept(options: Sequence[str] | None = None) -> list[str]:
+    """Those of the options, by default of the running command's, that a sweep has chosen for this point: what tells it
+    from the others."""
+    typed = dict(word.partition("=")[::2] for word in shlex.split(os.environ.get(TYPED, "")) if "=" in word)
+    if not typed:
+        return []
+    return [
+        option
+        for option in (_given if options is None else options)
+        if _several(typed.get(option.partition("=")[0], ","))
+    ]
+
+
+def _several(value: str) -> bool:
+    """Whether Hydra sweeps over a value as it was typed: a, b or choice(a, b), range(3), but not [a, b]."""
+    outside = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
+    while (inner := re.sub(r"[\[{(][^\[\]{}()]*[\])}]", "()", outside)) != outside:
+        outside = inner
+    return "," in outside or re.match(r"(choice|range|interval|glob|shuffle|sort|tag)\(", outside) is not None
 
 
 def _group(option: str) -> str:

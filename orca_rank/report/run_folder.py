@@ -13,6 +13,7 @@ from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.provenance import check_inputs
 from orca_rank.ranks import RankPlan
+from orca_rank.report.kept import Kept
 from orca_rank.report.results import Alignment, Measurement, Planned, Rows, Tune
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class RunFolder:
         compare: measure/compare/<name>.json by name.
         tunes: the finished fine-tunes, best validation metric first within each metric.
         missing: (what is missing, the command that makes it). stale: one sentence per file whose inputs changed.
+        kept: what the files of fine-tunes held before, while they are read.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class RunFolder:
     tunes: list[Tune] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     stale: list[str] = field(default_factory=list)
+    kept: Kept | None = None
 
     @property
     def empty(self) -> bool:
@@ -89,6 +92,7 @@ def read_run(path: Path, made_by: str) -> RunFolder:
 
 def read_tunes(run: RunFolder) -> RunFolder:
     """Read finetune/*/ into `tunes`, what is unfinished into `missing`; errors as in `read_run`."""
+    run.kept = Kept(run.path)
     for folder in sorted(path for path in (run.path / "finetune").glob("*") if path.is_dir()):
         name = f"finetune/{folder.name}"
         plan = None
@@ -103,6 +107,9 @@ def read_tunes(run: RunFolder) -> RunFolder:
         tune = _read(run, f"{name}/metrics.json", "finetune", what, make)
         run.tunes += [tune] if tune is not None else []
     run.tunes.sort(key=_rank)
+    if run.tunes:
+        run.kept.save()
+    run.kept = None
     return run
 
 
@@ -115,7 +122,7 @@ def _read(run: RunFolder, name: str, stage: str, what: str, make: Callable[[Mapp
     if not path.exists():
         run.missing.append((what, run.command(stage)))
         return None
-    payload = read_json(path, made)
+    payload = read_json(path, made) if run.kept is None else run.kept.get(path, lambda: read_json(path, made))
     try:
         value = make({"config": {}, **payload})
     except KeyError as error:
@@ -131,15 +138,19 @@ def _read(run: RunFolder, name: str, stage: str, what: str, make: Callable[[Mapp
 
 def _curve(run: RunFolder, name: str, stage: str, columns: Sequence[str]) -> Rows:
     """Rows of a curve.csv as numbers, without empty cells; no rows where there is no file."""
-    path, again = run.path / name, f"run `{run.command(stage, 'force=true')}`"
+    path = run.path / name
     if not path.exists():
         return []
-    try:
+
+    def read() -> Rows:
         with open(path, newline="") as stream:
-            rows = [{column: float(cell) for column, cell in row.items() if cell} for row in csv.DictReader(stream)]
+            return [{column: float(cell) for column, cell in row.items() if cell} for row in csv.DictReader(stream)]
+
+    try:
+        rows: Rows = read() if run.kept is None else run.kept.get(path, read)
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}): {again}") from error
+        raise ValueError(f"{path} is damaged ({error}): run `{run.command(stage, 'force=true')}`") from error
     for row in rows:
         if lacking := [column for column in columns if column not in row]:
-            raise ValueError(f"{path} lacks {', '.join(lacking)}: {again}")
+            raise ValueError(f"{path} lacks {', '.join(lacking)}: run `{run.command(stage, 'force=true')}`")
     return rows

@@ -163,7 +163,14 @@ def groups(tunes: Sequence[Tune]) -> list[Group]:
     for some in found.values():
         values = {name: some[0].option(name) for name in extra}
         made += [Group(tuple(one), values | more) for more, one in _with_seeds_apart(some)]
-    made = [Group(group.tunes, group.values, _to_uniform(group, made)) for group in made]
+    uniform: dict[tuple[Any, ...], list[Group]] = {}
+    for group in made:
+        if group.first.rule == "uniform":
+            uniform.setdefault(_apart_from_ranks(group), []).append(group)
+    made = [
+        Group(group.tunes, group.values, _to_uniform(group, uniform.get(_apart_from_ranks(group), [])))
+        for group in made
+    ]
     return sorted(made, key=lambda group: group.test.mean)
 
 
@@ -184,10 +191,14 @@ def _seeds_differ(tunes: Sequence[Tune]) -> bool:
 
 
 def _to_uniform(group: Group, groups: Sequence[Group]) -> Estimate | None:
-    """The paired difference to the group with uniform ranks, the same other options and as many parameters."""
+    """The paired difference to the group with uniform ranks, the same other options and as many parameters.
+
+    Args:
+        groups: those with uniform ranks and the same other options.
+    """
     if group.first.rule in ("", "uniform"):
         return None
-    others = [other for other in groups if other.first.rule == "uniform" and _alike(group, other)]
+    others = [other for other in groups if "run" not in group.values or other.values.get("run") == group.values["run"]]
     if not others:
         return None
     other = min(others, key=lambda other: abs(other.parameters - group.parameters))
@@ -202,12 +213,11 @@ def _to_uniform(group: Group, groups: Sequence[Group]) -> Estimate | None:
     return paired([scale * (tests[0][seed] - tests[1][seed]) for seed in seeds])
 
 
-def _alike(one: Group, other: Group) -> bool:
-    return all(one.first.option(name) == other.first.option(name) for name in _NAMED) and all(
-        one.values[name] == other.values.get(name)
-        for name in one.values
-        if name != "tag" and not name.startswith(("rank.", "budget."))
-    )
+def _apart_from_ranks(group: Group) -> tuple[Any, ...]:
+    """What groups whose ranks may be compared have in common; thousands of them are matched by it."""
+    varied = {name: value for name, value in group.values.items() if name not in ("tag", "run")}
+    options = [varied[name] for name in sorted(varied) if not name.startswith(("rank.", "budget."))]
+    return (*(group.first.option(name) for name in _NAMED), *options)
 
 
 def _place(group: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -32,9 +33,12 @@ from orca_rank.stages.setup import (
     source_side,
     stage_folder,
 )
-from orca_rank.stages.trainer import check_optimizer, close_logger, device_of, trainer_for
+from orca_rank.stages.tracking import job_of, show, show_in
+from orca_rank.stages.trainer import callbacks_of, check_optimizer, device_of, logged, trainer_for
+from orca_rank.tracking.page import Page
+from orca_rank.tracking.pages import align_page
 from orca_rank.training.align import Align, AlignOptions, Target
-from orca_rank.training.curve import Curve
+from orca_rank.training.curve import Curve, Rates
 from orca_rank.training.features import Source, embed, plain_loader, targets
 from orca_rank.training.held_out import Distances, compare, sentence
 from orca_rank.training.keep import Keep, checkpoint_of, fit
@@ -77,6 +81,8 @@ def run(config: DictConfig) -> None:
     options = check_options(config)
     folder = stage_folder(config, "align")
     made_from = {**select(config, "data", "source", "backbone", "seed", "align"), "init": config.embedder.init}
+    if config.callbacks:
+        made_from["callbacks"] = plain(config.callbacks)
     made_from["contents"] = contents(config, "data", "source", "backbone")
 
     def done() -> bool:
@@ -120,53 +126,63 @@ def _align(config: DictConfig, options: AlignOptions, folder: Path, made_from: M
 
     started = time.perf_counter()
     before = held_out()
-    epochs = 0
-    if config.align.objective is not None:
-        distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
-        optimizer = build(config.align.optimizer)
-        module = Align(embedder, distance, target, source.tokens, optimizer, options, folder=folder, seed=seed)
-        epochs = _fit(config, module, folder, agreed(lambda: checkpoint_of(folder)) if begun else None)
-    after = held_out() if epochs else before
-    distances = {name: {"before": before[name], "after": after[name]} for name in before}
-    payload = {
-        "objective": objective,
-        "distances": distances,
-        "epochs": epochs,
-        "seconds": time.perf_counter() - started,
-        "source_images": len(source.features),
-        "target_images": len(y),
-        "target_classes": len(target.labels.unique()),
-    }
-    if first():
-        write_tensors(aligned_embedder(config), embedder.state_dict())
-        write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
-        finish(folder)
-    console.print(sentence(distances), soft_wrap=True)
+
+    def write(after: Distances, epochs: int) -> None:
+        distances = {name: {"before": before[name], "after": after[name]} for name in before}
+        payload = {
+            "objective": objective,
+            "distances": distances,
+            "epochs": epochs,
+            "seconds": time.perf_counter() - started,
+            "source_images": len(source.features),
+            "target_images": len(y),
+            "target_classes": len(target.labels.unique()),
+        }
+        if first():
+            write_tensors(aligned_embedder(config), embedder.state_dict())
+            write_json(folder / "metrics.json", payload, config=made_from, inputs=[aligned_embedder(config)])
+            finish(folder)
+        console.print(sentence(distances), soft_wrap=True)
+
+    def page() -> Page:
+        return align_page(folder.parent)
+
+    if config.align.objective is None:
+        write(before, 0)
+        show(config, "align", folder, made_from, page)
+        return
+    distance = build(config.align.objective, source=source.features.to(device), label=source.labels.to(device))
+    optimizer = build(config.align.optimizer)
+    module = Align(embedder, distance, target, source.tokens, optimizer, options, folder=folder, seed=seed)
+    trainer = _trainer(config, module, folder)
+    with logged(trainer, made_from):
+        fit(trainer, module, agreed(lambda: checkpoint_of(folder)) if begun else None)
+        write(held_out(), trainer.current_epoch)
+        show_in(trainer, page)
 
 
 def _name(objective: Mapping[str, Any] | None) -> str:
     return objective["_target_"].rpartition(".")[2].lower() if objective else "none"
 
 
-def _fit(config: DictConfig, module: Align, folder: Path, checkpoint: Path | None) -> int:
-    """Train, from the checkpoint where there is one; the number of epochs done."""
+def _trainer(config: DictConfig, module: Align, folder: Path) -> L.Trainer:
     options = module.options
-    trainer = trainer_for(
+    module.embedder.train()
+    return trainer_for(
         config.trainer,
         config.logger,
         folder,
         [
+            *callbacks_of(config),
+            Rates(),
             Curve(folder / "curve.csv", ("epoch", "loss", "lr")),
             Keep(folder, "loss", patience=options.patience, min_delta=options.min_delta),
         ],
+        job_of(config, "align", folder),
         max_epochs=options.epochs,
         accumulate_grad_batches=module.batches_a_step,
         reload_dataloaders_every_n_epochs=1,
     )
-    module.embedder.train()
-    fit(trainer, module, checkpoint)
-    close_logger(trainer)
-    return trainer.current_epoch
 
 
 def source_features(config: DictConfig, device: torch.device) -> Source:

@@ -22,7 +22,13 @@ from orca_rank.backbone.the_timm import timm
 from orca_rank.weights import shipped
 
 PACKAGES = ("torch", "timm", "lightning", "hydra-core", "pot", "geomloss", "wandb", "scikit-learn", "safetensors")
-EXTRAS = {"peft": "peft", "bitsandbytes": "qlora", "wandb_workspaces": "dashboard"}
+EXTRAS = {
+    "peft": "peft",
+    "bitsandbytes": "qlora",
+    "wandb_workspaces": "dashboard",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+}
 DATA = {
     "cifar-100-python/train": "data=cifar100",
     "cifar10_5k.npz": "source=cifar10_5k",

@@ -19,7 +19,7 @@ from rich.table import Table
 from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import atomic, read_json, read_record, write_csv, write_json
 from orca_rank.artifacts.lock import locked
-from orca_rank.artifacts.provenance import differences
+from orca_rank.artifacts.provenance import differences, select
 from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import half_width
 from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
@@ -31,6 +31,8 @@ from orca_rank.stages import align, finetune, measure
 from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
 from orca_rank.stages.planning import read_layers
 from orca_rank.stages.setup import stage_folder
+from orca_rank.stages.tracking import show
+from orca_rank.tracking.pages import evidence_page
 
 console = Console(highlight=False)
 PAUSE = 5.0  # seconds between looks at what other processes have ended
@@ -62,6 +64,7 @@ def run(config: DictConfig) -> None:
         rows = read_rows(config, folder, protocol, known)
         _collect(folder, rows)
         _conclude(folder, protocol, rows, str(config.evidence.metric))
+    show(config, "evidence", folder, select(config, "evidence"), lambda: evidence_page(folder.parent))
 
 
 def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> None:

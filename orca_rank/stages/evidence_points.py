@@ -27,6 +27,8 @@ def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, 
     _take(own, config.evidence.tasks[task])
     own.paths.runs, own.paths.cache, own.run = str(folder), cache, task
     own.embedder.aligned = False
+    if "group" in (own.logger or {}):  # the pages of all tasks stand together
+        own.logger.group = str(config.run)
     own.merge_with(OmegaConf.create(dict(options)))
     return own
 

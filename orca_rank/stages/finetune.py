@@ -37,6 +37,7 @@ from orca_rank.stages.setup import (
     seed_everything,
     stage_folder,
 )
+from orca_rank.stages.tracking import job_of, predictions_of, show_in
 from orca_rank.stages.trainable import (
     DIRECTIONS,
     METHODS,
@@ -47,11 +48,12 @@ from orca_rank.stages.trainable import (
     probe_adapters,
     rebuilt,
 )
-from orca_rank.stages.trainer import check_optimizer, close_logger, trainer_for
+from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
 from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
+from orca_rank.tracking.pages import finetune_page
 from orca_rank.training.average import Average
-from orca_rank.training.curve import Curve
+from orca_rank.training.curve import Curve, Rates
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 
@@ -184,52 +186,51 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         config.trainer,
         config.logger,
         folder,
-        [*([] if average is None else [average]), Curve(folder / "curve.csv"), keep],
+        [*([] if average is None else [average]), *callbacks_of(config), Rates(), Curve(folder / "curve.csv"), keep],
+        job_of(config, "finetune", folder, folder.name),
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip,
     )
     optimizer, ratio = build(config.finetune.optimizer), config.adapter.get("lr_ratio") or 1.0
     module = FineTune(model, task, optimizer, options, int(config.seed), ratio)
-    if trainer.logger is not None:
-        trainer.logger.log_hyperparams(plain(made_from))
-    fit(
-        trainer,
-        module,
-        agreed(lambda: checkpoint_of(folder)) if begun else None,
-        train_dataloaders=shared(data.train_dataloader()),
-        val_dataloaders=shared(data.val_dataloader()),
-    )
-    if not keep.best:
-        raise FloatingPointError(f"{monitor} was not finite after any epoch: lower finetune.optimizer.lr")
-    epochs = trainer.current_epoch
-
-    model.load_state_dict(keep.best, strict=False)
-    data.setup("test")
-    with interrupts():
-        validation = trainer.validate(module, shared(data.val_dataloader()), verbose=False)[0]
-        tested = trainer.test(module, shared(data.test_dataloader()), verbose=False)[0]
-    payload = {
-        **validation,
-        **tested,
-        **counts,
-        "seconds": keep.seconds,
-        "epochs": epochs,
-        "metric": task.metric_name,
-        "task": task.to_dict(),
-        "backbone": {"config": resolve_backbone(config), "hash": weights},
-        "adapter_module": rebuilt(adapter) if adapter is not None else None,
-    }
-    if torch.cuda.is_available():
-        payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    if first():
-        _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
-        if update is not None:
-            write_tensors(folder / "update.safetensors", update())
-        # Last of all: its presence means done.
-        write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
-        finish(folder)
-    close_logger(trainer)
+    with logged(trainer, made_from):
+        fit(
+            trainer,
+            module,
+            agreed(lambda: checkpoint_of(folder)) if begun else None,
+            train_dataloaders=shared(data.train_dataloader()),
+            val_dataloaders=shared(data.val_dataloader()),
+        )
+        if not keep.best:
+            raise FloatingPointError(f"{monitor} was not finite after any epoch: lower finetune.optimizer.lr")
+        epochs = trainer.current_epoch
+        model.load_state_dict(keep.best, strict=False)
+        data.setup("test")
+        with interrupts():
+            validation = trainer.validate(module, shared(data.val_dataloader()), verbose=False)[0]
+            tested = trainer.test(module, shared(data.test_dataloader()), verbose=False)[0]
+        payload = {
+            **validation,
+            **tested,
+            **counts,
+            "seconds": keep.seconds,
+            "epochs": epochs,
+            "metric": task.metric_name,
+            "task": task.to_dict(),
+            "backbone": {"config": resolve_backbone(config), "hash": weights},
+            "adapter_module": rebuilt(adapter) if adapter is not None else None,
+        }
+        if torch.cuda.is_available():
+            payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if first():
+            _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
+            if update is not None:
+                write_tensors(folder / "update.safetensors", update())
+            # Last of all: its presence means done.
+            write_json(folder / "metrics.json", payload, config=made_from, inputs=inputs)
+            finish(folder)
+        show_in(trainer, lambda: finetune_page(folder, layers, predictions_of(folder, task, data, targets(config))))
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
 
@@ -293,4 +294,6 @@ def finetune_config(config: DictConfig) -> Mapping[str, Any]:
         sections += ["source", "align"]
     if config.adapter.method == "inject":
         sections += ["rank", "budget"]
+    if config.callbacks:
+        sections.append("callbacks")
     return select(config, *sections)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from orca_rank.artifacts.command import command
-from orca_rank.artifacts.files import file_hash, read_tensors, write_json, write_tensors
+from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished, tidy
@@ -44,8 +44,10 @@ from orca_rank.stages.setup import (
     source_side,
     stage_folder,
 )
+from orca_rank.stages.tracking import show, shown
 from orca_rank.stages.trainer import device_of
 from orca_rank.task import Task
+from orca_rank.tracking.pages import measure_page
 
 console = Console()
 
@@ -98,6 +100,9 @@ def run(config: DictConfig) -> None:
         tidy(folder)
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
         make_plan(config, layers)  # refuses a rule that needs what was not measured
+    if not (before and shown(folder)):
+        used = read_json(path, "stage=measure")["inputs"]
+        show(config, "measure", folder, made_from, lambda: measure_page(folder.parent, used))
     _print(layers)
     console.print(f"written to {path}; stage=plan shows the ranks that follow", soft_wrap=True)
 

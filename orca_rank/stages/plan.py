@@ -20,7 +20,9 @@ from orca_rank.ranks import Layer, RankPlan
 from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, gap_options, layers_of, make_plan
 from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
+from orca_rank.stages.tracking import show
 from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
+from orca_rank.tracking.pages import plan_page
 
 console = Console()
 
@@ -91,6 +93,7 @@ def run(config: DictConfig) -> None:
     payload = {**counts, **said, "layers": rows, "rules": others}
     with locked(path.parent, wait=True):
         write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
+        show(config, "plan", path.parent, made_from, lambda: plan_page(path.parent.parent))
     _print(layers, chosen, others, counts)
     console.print(f"written to {path}", soft_wrap=True)
 

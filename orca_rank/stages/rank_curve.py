@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from orca_rank.adapters import DyLoRA, adapters, evaluate_ranks
-from orca_rank.artifacts.files import atomic, write_csv
+from orca_rank.artifacts.files import atomic, read_json, write_csv
 from orca_rank.artifacts.lock import locked
 from orca_rank.build import targets
 from orca_rank.fitted import Fitted, chosen_folder, load
@@ -19,7 +19,9 @@ from orca_rank.report.canvas import png
 from orca_rank.report.rank_curve import NAME, nested_figure, separate_runs
 from orca_rank.report.run_folder import RunFolder, read_tunes
 from orca_rank.stages.setup import data_for, stage_folder
+from orca_rank.stages.tracking import show
 from orca_rank.stages.trainer import device_of
+from orca_rank.tracking.pages import rank_curve_page
 
 console = Console(highlight=False)
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -62,6 +64,8 @@ def run(config: DictConfig) -> None:
         others = separate_runs(read_tunes(RunFolder(folder.parent.parent, "")).tunes, fitted.task)
         with atomic(folder / f"{NAME}.png") as temporary:
             temporary.write_bytes(png(nested_figure({folder.name: rows}, others, fitted.task)))
+        made_from = read_json(folder / "metrics.json", "stage=finetune")["config"]
+        show(config, "rank_curve", folder / "log" / NAME, made_from, lambda: rank_curve_page(folder), folder.name)
     best, metric = min(rows, key=lambda row: row["val"]), fitted.task.metric_name
     mean = sum(row["test"] for row in rows) / len(rows)
     console.print(

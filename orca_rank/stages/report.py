@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from orca_rank.artifacts.damaged import DamagedFile, reading
-from orca_rank.artifacts.files import atomic, file_hash, read_record, write_csv, write_json
+from orca_rank.artifacts.files import atomic, file_hash, read_record, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain
 from orca_rank.build import targets
@@ -28,8 +28,10 @@ from orca_rank.report.page import Page, cell
 from orca_rank.report.rank_curve import nested_curves
 from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_run, read_tunes
-from orca_rank.report.tables import means, summary
 from orca_rank.report.tune_sections import finetunes, predictions
+from orca_rank.stages.sweep import write_tables
+from orca_rank.stages.tracking import show
+from orca_rank.tracking.pages import report_page
 
 console = Console()
 _PRINTED = 40  # fine-tunes printed; the files have all
@@ -84,11 +86,8 @@ def _report(config: DictConfig, path: Path) -> None:
     _evidence(page, found)
     _options(page, found)
     _write(page, path)
-    for name, rows in (("summary.csv", summary(found.tunes)), ("means.csv", means(found.tunes))):
-        if rows:
-            write_csv(path / name, rows)
-        else:
-            (path / name).unlink(missing_ok=True)
+    write_tables(path, found.tunes)
+    show(config, "report", path / "report", {}, lambda: report_page(path))
     _print(found.tunes, baselines)
     for what, command in found.missing:
         console.print(f"not there yet: {what}: `{command}`", soft_wrap=True)

@@ -29,7 +29,7 @@ from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.options import flag, one_of
 from orca_rank.processes import first
 from orca_rank.ranks import Layer
-from orca_rank.stages.trainer import check_trainer, trainer_options
+from orca_rank.stages.trainer import callbacks_of, check_logger, check_trainer, trainer_options
 from orca_rank.task import Task
 from orca_rank.weights import shipped
 
@@ -223,6 +223,8 @@ def check(config: DictConfig) -> None:
     """
     check_model(config)
     check_trainer(config.trainer)
+    check_logger(config.logger)
+    callbacks_of(config)
 
 
 def check_model(config: DictConfig) -> None:

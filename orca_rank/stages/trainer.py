@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from orca_rank.artifacts.provenance import plain
 from orca_rank.build import build
 from orca_rank.options import number
 from orca_rank.processes import world
+from orca_rank.tracking.page import Job
 
 if TYPE_CHECKING:
     import lightning as L
@@ -24,7 +26,8 @@ OWN = {
     "max_epochs": "finetune.epochs or align.epochs",
     "accumulate_grad_batches": "finetune.accumulate",
     "gradient_clip_val": "finetune.clip",
-    "logger": "logger=csv or logger=wandb",
+    "logger": "logger=csv, wandb, tensorboard or mlflow",
+    "callbacks": "callbacks.<name>, a group of its own",
     "default_root_dir": "paths.runs",
     "reload_dataloaders_every_n_epochs": "nothing: the stage needs it",
 }
@@ -139,14 +142,20 @@ def check_optimizer(node: Any, name: str) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def trainer_for(trainer: Any, logger: Any, folder: Path, callbacks: list[Callback], **options: Any) -> L.Trainer:
+def trainer_for(
+    trainer: Any, logger: Any, folder: Path, callbacks: list[Callback], job: Job | None = None, **options: Any
+) -> L.Trainer:
     """Lightning's Trainer for a stage, in this process of the run's: its logger in the stage's folder, no checkpoints
-    of its own."""
+    of its own.
+
+    Args:
+        job: what the logger is told of the stage, see `stages.tracking`.
+    """
     built = build(
         trainer,
         default_root_dir=str(folder),
         callbacks=callbacks,
-        logger=build(logger, save_dir=str(folder / "log")) if logger else False,
+        logger=logger_for(logger, folder, job) if logger else False,
         **options,
         **_several(trainer),
     )
@@ -154,6 +163,40 @@ def trainer_for(trainer: Any, logger: Any, folder: Path, callbacks: list[Callbac
         # Its handler of SIGTERM broadcasts in the middle of whatever the processes are at, and hangs; ours ends each.
         built._signal_connector.register_signal_handlers = lambda: None
     return built
+
+
+def logger_for(logger: Any, folder: Path, job: Job | None) -> Any:
+    """The configured logger in a stage's log folder; those of this package, wandb and mlflow, are told whose it is."""
+    place = str(folder / "log")
+    if not str(logger["_target_"]).startswith("orca_rank."):
+        return build(logger, save_dir=place)
+    return build(logger, save_dir=place, _partial_=True)(job=job)  # Hydra would make plain values of it
+
+
+def check_logger(logger: Any) -> None:
+    """Raise a ValueError for logger=tensorboard or mlflow without its package."""
+    room, _, name = str(logger["_target_"]).rpartition(".") if logger else ("", "", "")
+    if room == "orca_rank.training.loggers":
+        from orca_rank.training.loggers import check_package  # here, because lightning takes seconds
+
+        check_package(name)
+
+
+def callbacks_of(config: Mapping[str, Any]) -> list[Callback]:
+    """The callbacks of config.callbacks, the user's own.
+
+    Raises:
+        ValueError: for one that cannot be built, or is no Lightning callback.
+    """
+    from lightning.pytorch.callbacks import Callback
+
+    found = []
+    for name, node in config["callbacks"].items():
+        built = build(node)
+        if not isinstance(built, Callback):
+            raise ValueError(f"callbacks.{name}: {node['_target_']} is no lightning.pytorch.callbacks.Callback")
+        found.append(built)
+    return found
 
 
 def device_of(trainer: Mapping[str, Any]) -> torch.device:
@@ -167,8 +210,19 @@ def trainer_options(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {name: trainer[name] for name in ("accelerator", "precision") if name in trainer}
 
 
-def close_logger(trainer: L.Trainer) -> None:
-    """End a tracked run: W&B would give an open one to the next job of a sweep, which shares the process."""
-    finish = getattr(getattr(trainer.logger, "experiment", None), "finish", None)
-    if finish is not None:
-        finish()
+@contextlib.contextmanager
+def logged(trainer: L.Trainer, made_from: Mapping[str, Any]) -> Iterator[None]:
+    """Tell the loggers what a stage depends on, and end them with the block, as failed where it ends with an error: W&B
+    would give an open run to the next job of a sweep, which shares the process."""
+    failed = True
+    try:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(plain(made_from))
+        yield
+        failed = False
+    finally:
+        for logger in trainer.loggers:
+            if (close := getattr(logger, "close", None)) is not None:
+                close(failed)
+            elif (finish := getattr(getattr(logger, "_experiment", None), "finish", None)) is not None:
+                finish()

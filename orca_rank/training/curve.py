@@ -35,6 +35,17 @@ class RunningMean:
         return value / weight
 
 
+class Rates(Callback):
+    """The learning rate of every parameter group at each epoch's start, as lr/<its name> in every logger."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        groups = trainer.optimizers[0].param_groups
+        names = [f"lr/{group.get('name', place)}" for place, group in enumerate(groups)] if len(groups) > 1 else ["lr"]
+        rates = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        for logger in trainer.loggers:
+            logger.log_metrics({**rates, "epoch": trainer.current_epoch}, trainer.global_step)
+
+
 class Curve(Callback):
     """One row an epoch; rewritten whole, so that a resumed run goes on where it stopped.
 
