@@ -1,5 +1,7 @@
 """What hooks collect from a body, and spectra against planted ranks and their nulls."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from orca_rank.measuring.spectra import (
     intrinsic_dimension,
     leading,
     load_directions,
+    load_gradients,
     ot_map,
     transport,
     upper_bound,
@@ -225,8 +228,9 @@ def test_directions_are_read_as_adapters_take_them(tmp_path):
     a, b = load_directions(path, "ot_map")["x.q"]
     assert (a.shape, b.shape) == ((2, 3), (4, 2))
     assert torch.equal(load_directions(path, "activation")["x.q"], WEIGHT)
-    with pytest.raises(ValueError, match=r"gap\.measurements\.gradient=true"):
-        load_directions(path, "gradient")
+    for load, kind in ((partial(load_directions, kind="gradient"), "gradient"), (load_gradients, "mean_gradient")):
+        with pytest.raises(ValueError, match=rf"gap\.measurements\.{kind}=true"):
+            load(path)
     with pytest.raises(FileNotFoundError, match="stage=measure"):
         load_directions(tmp_path / "none", "ot_map")
 

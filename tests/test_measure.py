@@ -140,7 +140,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
 
 def test_everything_at_once(measured):
     folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
-                      "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
+                      "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3",
+                      "gap.measurements.mean_gradient=true")  # fmt: skip
     layers = layers_in(folder)
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:
@@ -155,6 +156,10 @@ def test_everything_at_once(measured):
             assert directions[f"{kind}/{layer.name}.B"].shape[0] == layer.d_out
         assert layer.spectra["activation"].rank is None
         assert layer.importance > 0
+        mean = directions[f"mean_gradient/{layer.name}.G"]
+        assert mean.shape == (layer.d_out, layer.d_in)
+        first = layer.spectra["gradient"].singular_values[0]
+        assert float(torch.linalg.matrix_norm(mean, 2)) == pytest.approx(first, rel=1e-3)
         assert layer.fisher > 0
         assert layer.intrinsic_dimension.input > 0
 

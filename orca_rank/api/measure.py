@@ -187,6 +187,8 @@ def _options(
             raise ValueError(f"metrics has {', '.join(map(str, unknown))}; there are {', '.join(METRICS)}")
         metrics = {name: METRICS[name] for name in metrics}
     asked = GapOptions.from_dict({**options, "measurements": dict.fromkeys(measurements, True)}, metrics)
+    if asked.asks("mean_gradient"):
+        raise ValueError("measurements has mean_gradient, which only stage=measure keeps, in a file for adapter=gora")
     if asked.asks(*GRADIENTS) and loss is None:
         raise ValueError(f"measurements={list(measurements)} needs a loss: pass loss=(output, y) -> the mean loss")
     return asked

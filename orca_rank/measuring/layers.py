@@ -109,7 +109,8 @@ def measurements(
     gradients: Mapping[str, Gradients] | None,
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[Layer], dict[str, Tensor]]:
-    """The layers with everything but gaps, and the directions `<spectrum>/<layer>.A` (k, d_in) and `.B` (d_out, k).
+    """The layers with everything but gaps, and the directions `<spectrum>/<layer>.A` (k, d_in) and `.B` (d_out, k),
+    with the mean gradients `mean_gradient/<layer>.G` (d_out, d_in).
 
     Args:
         modules: layer -> the module whose inputs it reads. gradients: by module; None where nothing asks for them.
@@ -141,6 +142,8 @@ def measurements(
             if one.b is not None:
                 directions[f"{name}/{layer.name}.B"] = one.b[:, : options.directions].float()
         own = None if gradients is None else gradients[module]
+        if own is not None and asks("mean_gradient"):
+            directions[f"mean_gradient/{layer.name}.G"] = own.mean(rows).float().cpu()
         measured.append(
             Layer(
                 layer.name,

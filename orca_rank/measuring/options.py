@@ -15,7 +15,7 @@ VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndar
     "standardised": standardise,
     "whitened": whiten,
 }
-GRADIENTS = ("gradient", "importance", "fisher")  # of the loss of the target
+GRADIENTS = ("gradient", "importance", "fisher", "mean_gradient")  # of the loss of the target
 MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", *GRADIENTS)
 
 

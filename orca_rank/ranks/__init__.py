@@ -3,6 +3,7 @@
 from orca_rank.measuring.records import Layer
 from orca_rank.ranks.apply import apply
 from orca_rank.ranks.controls import only, recommended
+from orca_rank.ranks.gora import gora
 from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.posterior import posterior
@@ -36,6 +37,7 @@ __all__ = [
     "fisher",
     "from_file",
     "gelora",
+    "gora",
     "gradient",
     "ibp_count",
     "ibp_stick",
@@ -69,6 +71,7 @@ RULES = {
         importance,
         fisher,
         gelora,
+        gora,
         ibp_count,
         ibp_stick,
         beta_bernoulli,

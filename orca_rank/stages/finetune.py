@@ -40,6 +40,7 @@ from orca_rank.stages.setup import (
 from orca_rank.stages.trainable import (
     DIRECTIONS,
     METHODS,
+    TAKEN,
     adapter_module,
     audit,
     count_parameters,
@@ -281,7 +282,7 @@ def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any
     module = config.adapter.get("module") or {}
     if module.get("concentration") == "gaps" or (plan is not None and plan.measurement):
         inputs.append(measured / "layers.json")
-    if adapter is not None and "directions" in adapter:
+    if adapter is not None and not adapter.keys().isdisjoint(TAKEN):
         inputs.append(measured / DIRECTIONS)
     return inputs
 
