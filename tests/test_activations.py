@@ -11,7 +11,7 @@ from shared import apart
 from torch import nn
 
 from orca_rank.measuring.activations import collect, module_of
-from orca_rank.measuring.gradients import collect_gradients
+from orca_rank.measuring.gradients import Gradients, collect_gradients
 from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.spectra import (
     activation,
@@ -166,6 +166,44 @@ def test_gradient_recovers_the_planted_rank_at_snr_one(k):
 
 def test_gradient_is_quiet_under_the_null():
     assert np.mean([gradients(100 + s, 0, n=100)[0]["layer"].spectrum().rank > 0 for s in range(40)]) <= 0.125
+
+
+def test_the_whitened_gradient_holds_correlations():
+    """Inputs x = M u and gradients δ = N (U diag(c) Vᵀ u + noise): the correlations are the planted ones, and stay
+    where they are when M and N change; the null of whole images leaves just these above."""
+    correlations, n = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64), 6000
+    u, left, right = images(1, n, 1), orthonormal(D, 3, 2), orthonormal(D, 3, 3)
+    u = u / u.std((0, 1))  # rows of unit variance, each direction of its own
+    u = u @ torch.linalg.inv(torch.linalg.cholesky(u[:, 0].T @ u[:, 0] / n)).T
+    noise = torch.randn(n, 1, D, generator=generator(4), dtype=torch.float64)
+    own = torch.eye(D, dtype=torch.float64) - left @ (1 - (1 - correlations**2).sqrt()).diag() @ left.T
+    delta = u @ right @ correlations.diag() @ left.T + noise @ own
+    stretch = torch.linspace(0.5, 2, D, dtype=torch.float64).diag()
+    for m, k in ((torch.eye(D).double(), torch.eye(D).double()), (orthonormal(D, D, 5) @ stretch, stretch)):
+        found = Gradients((D, D), 8, torch.device("cpu"), moments=True)
+        signs = torch.randint(0, 2, (8, n), generator=generator(7)) * 2.0 - 1
+        found.add((u @ m.T).float(), (delta @ k.T).float(), signs)
+        spectrum = found.whitened()
+        assert spectrum.values[:3] == pytest.approx(correlations, rel=0.05)
+        assert spectrum.rank == 3
+        # The step of K-FAC, −Σ_δ⁻¹ G Σ_x⁻¹ (its inverses are damped).
+        step = -torch.linalg.inv(k.T) @ left @ correlations.diag() @ right.T @ torch.linalg.inv(m)
+        assert apart(spectrum.b[:, :3] @ spectrum.a[:3], step) < 0.15
+    third = Gradients((D, D), 8, torch.device("cpu"), moments=True)
+    third.add(u.float(), delta.float(), signs)
+    assert third.whitened(slice(0, 8)).values[0] <= 1
+    with pytest.raises(ValueError, match="moments=True"):
+        Gradients((D, D), 8, torch.device("cpu")).whitened()
+
+
+def test_the_whitened_gradient_is_quiet_under_the_null():
+    def rank(seed):
+        found = Gradients((12, 10), 8, torch.device("cpu"), moments=True)
+        x, delta = (torch.randn(80, 3, d, generator=generator(2 * seed + i)) for i, d in enumerate((10, 12)))
+        found.add(x, delta, torch.randint(0, 2, (8, 80), generator=generator(seed)) * 2.0 - 1)
+        return found.whitened().rank
+
+    assert np.mean([rank(seed) > 0 for seed in range(60)]) <= 0.11  # 5 % of 60, and two standard deviations
 
 
 def test_gradients_are_those_of_autograd():

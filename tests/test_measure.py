@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.artifacts.provenance import plain
 from orca_rank.distances import mmd, sliced_wasserstein
-from orca_rank.measuring.layers import agreement
+from orca_rank.measuring.layers import NULLED, agreement
 from orca_rank.measuring.options import GapOptions
-from orca_rank.measuring.records import Gap, Layer, Spectrum, WeightRank
+from orca_rank.measuring.records import SPECTRA, Gap, Layer, Spectrum, WeightRank
 from orca_rank.stages import measure, plan
 
 SMALL = (
@@ -146,11 +146,11 @@ def test_everything_at_once(measured):
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:
         assert set(layer.gap) == {m + v for m in ("mmd", "sliced") for v in ("", "_standardised", "_whitened")}
-        for kind in ("ot_map", "gradient", "activation"):
+        for kind in SPECTRA:
             values = layer.spectra[kind].singular_values
             assert values == tuple(sorted(values, reverse=True))
             assert directions[f"{kind}/{layer.name}.A"].shape[1] == layer.d_in
-        for kind in ("ot_map", "gradient"):
+        for kind in NULLED:
             found = layer.spectra[kind]
             assert found.rank == sum(value > found.null for value in found.singular_values)
             assert directions[f"{kind}/{layer.name}.B"].shape[0] == layer.d_out

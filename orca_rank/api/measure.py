@@ -79,7 +79,7 @@ def measure(
         metrics: names among mmd, sliced, energy, bures, wasserstein, otdd and proxy_a, or name -> a function
             (x (n, d), y (m, d)) -> number.
         measurements: what rules other than those of gaps read: weight, ot_map, activation, intrinsic_dimension, and
-            with a `loss` gradient, importance and fisher.
+            with a `loss` gradient, whitened_gradient, importance and fisher.
         qkv: "fused" takes a Linear called qkv as the one layer that it is, "separate" as the three <name>.q, .k and .v.
         target_model: what the target passes through where that is another model of the same layers, such as one with an
             embedder of its own.
@@ -284,5 +284,5 @@ def _gradients(
     modules = {name: matrix_of(model, name) for name in watched}
     return collect_gradients(
         lambda x: x, _call(model, "target"), loss, modules, pairs, asked.samples,
-        draws=asked.sign_draws, seed=seed, device=device_of(model),
+        draws=asked.sign_draws, moments=asked.asks("whitened_gradient"), seed=seed, device=device_of(model),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from orca_rank.measuring.records import SPECTRA, Dimension, Gap, Layer, Spectrum
 from orca_rank.measuring.spectra import Decomposition, activation, intrinsic_dimension, ot_map, transport, weight_rank
 
 KEPT = 32  # singular values of a layer in layers.json
+NULLED = ("ot_map", "gradient", "whitened_gradient")  # spectra with a noise floor
 NEGLIGIBLE = 1e-6  # of the largest
 
 
@@ -137,6 +138,8 @@ def measurements(
             found["activation"] = active
         if gradients is not None and asks("gradient"):
             found["gradient"] = gradients[module].spectrum(rows, KEPT)
+        if gradients is not None and asks("whitened_gradient"):
+            found["whitened_gradient"] = gradients[module].whitened(rows, KEPT)
         for name, one in found.items():
             directions[f"{name}/{layer.name}.A"] = one.a[: options.directions].float()
             if one.b is not None:
@@ -205,7 +208,7 @@ def _numbers(layer: Layer, depth: int) -> dict[str, float]:
     """What is known of a layer as one number each, under the names of the report."""
     found = {"depth": float(depth)} | {f"{metric} gap": gap.value for metric, gap in layer.gap.items()}
     stable = None if layer.weight is None else layer.weight.stable_rank
-    ranks = {f"{name} rank": layer.spectra[name].rank for name in ("ot_map", "gradient") if name in layer.spectra}
+    ranks = {f"{name} rank": layer.spectra[name].rank for name in NULLED if name in layer.spectra}
     others = {"stable rank": stable, "importance": layer.importance, "fisher": layer.fisher, **ranks}
     return found | {name: float(value) for name, value in others.items() if value is not None}
 

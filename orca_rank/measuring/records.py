@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-SPECTRA = ("ot_map", "activation", "gradient")  # every spectrum there is, in the order of layers.json
+# Every spectrum there is, in the order of layers.json.
+SPECTRA = ("ot_map", "activation", "gradient", "whitened_gradient")
 Json = dict[str, Any]
 
 

@@ -20,7 +20,7 @@ from orca_rank.ranks.rules import (
     stable_rank,
     uniform,
 )
-from orca_rank.ranks.spectral import activation, gradient, ot_map
+from orca_rank.ranks.spectral import activation, gradient, ot_map, whitened_gradient
 from orca_rank.ranks.theory import theory
 from orca_rank.ranks.trained import trained
 
@@ -53,6 +53,7 @@ __all__ = [
     "theory",
     "trained",
     "uniform",
+    "whitened_gradient",
 ]
 
 # The rules that need nothing but layers and a budget, by name.
@@ -66,6 +67,7 @@ RULES = {
         inverse,
         ot_map,
         gradient,
+        whitened_gradient,
         activation,
         stable_rank,
         importance,

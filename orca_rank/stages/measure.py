@@ -128,7 +128,9 @@ class Pass:
             advance=self.bar(f"images: {name}", samples),
         )
 
-    def gradients(self, model: OrcaModel, data: Data, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
+    def gradients(
+        self, model: OrcaModel, data: Data, watched: Sequence[str], draws: int, moments: bool
+    ) -> dict[str, Gradients]:
         """The target's loss at the start of fine-tuning, backward to every watched module."""
         model, loader, samples = self._ready(model, data)
         return collect_gradients(
@@ -139,6 +141,7 @@ class Pass:
             loader,
             samples,
             draws=draws,
+            moments=moments,
             seed=self.seed,
             device=self.device,
             advance=self.bar("gradients", samples),
@@ -193,7 +196,13 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
         if options.asks(*GRADIENTS):
             through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
             gradients = unfinished.part(
-                "gradients", passing.gradients, through, sets["target"], watched, options.sign_draws
+                "gradients",
+                passing.gradients,
+                through,
+                sets["target"],
+                watched,
+                options.sign_draws,
+                options.asks("whitened_gradient"),
             )
         found = gaps("target", target)
         bar = passing.bar("spectra", len(layers))
