@@ -12,6 +12,7 @@ from torch import nn
 
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.hidden import hidden_dimensions, pooled
 from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.spectra import (
     activation,
@@ -288,6 +289,53 @@ def test_intrinsic_dimension_of_a_flat_sheet(d):
     assert intrinsic_dimension(points.float()) == pytest.approx(d, rel=0.15)
     with pytest.raises(ValueError, match="different"):
         intrinsic_dimension(torch.ones(50, 3))
+
+
+class Squares(nn.Module):
+    """A block (B, N, 12) -> (B, N, 12) that adds the squares of the first six numbers to the last six."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return torch.cat([x[..., :6], x[..., 6:] + x[..., :6].square()], -1)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_hidden_states_are_those_around_a_block(first):
+    """Tokens m + b and m − b: their mean m fills two dimensions, with the mean of squares m² + b² it is five."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Squares(), nn.Identity()])
+            self.head = nn.Linear(12, 12)
+
+        def forward(self, x):  # pixels before tokens, as a convolutional block has them
+            x = self.blocks[0](x)
+            return self.head(x.movedim(1, -1) if first else x)
+
+    m, b = torch.zeros(1500, 12), torch.zeros(1500, 12)
+    m[:, :2] = torch.rand(1500, 2, generator=generator(0))
+    b[:, 3:6] = 1 + torch.rand(1500, 3, generator=generator(1))
+    x = torch.stack([m + b, m - b], 1)  # (n, 2, 12)
+    body = Body().requires_grad_(False)
+    if first:
+        x = x.movedim(1, -1)[..., None]  # (n, 12, 2, 1)
+        body.blocks[0].forward = lambda x: Squares.forward(body.blocks[0], x.movedim(1, -1)).movedim(-1, 1)
+    layers = {"blocks.0.fc": body.blocks[0].fc, "head": body.head}
+    found = hidden_dimensions(body, layers, dict(body.named_modules()), [(x, None)], 1500)
+    assert found.keys() == {"blocks.0", "head"}
+    assert found["blocks.0"] == pytest.approx((2, 5), rel=0.15)
+    assert found["head"][0] == pytest.approx(found["blocks.0"][1])
+    with pytest.raises(ValueError, match=r"blocks\.0 took no part"):
+        hidden_dimensions(nn.Identity(), layers, dict(body.named_modules()), [(x, None)], 20)
+
+
+def test_hidden_states_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"hidden state of block has shape \(4, 7\).*width 3 or 5"):
+        pooled(torch.ones(4, 7), 4, {3, 5}, "block")
 
 
 def test_upper_bound_holds_for_a_further_draw():

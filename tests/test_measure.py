@@ -162,6 +162,9 @@ def test_everything_at_once(measured):
         assert float(torch.linalg.matrix_norm(mean, 2)) == pytest.approx(first, rel=1e-3)
         assert layer.fisher > 0
         assert layer.intrinsic_dimension.input > 0
+    blocks = {layer.name.partition(".attn")[0].partition(".mlp")[0]: layer.intrinsic_dimension for layer in layers}
+    assert len(blocks) < len({layer.name for layer in layers})
+    assert all(layer.intrinsic_dimension == blocks[name] for name in blocks for layer in layers if name in layer.name)
 
 
 def test_an_aligned_embedder_is_used_and_another_target_is_compared(measured, composed, tmp_path):

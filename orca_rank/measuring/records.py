@@ -89,7 +89,7 @@ class WeightRank:
 
 @dataclass(frozen=True)
 class Dimension:
-    """Intrinsic dimension of the target's images at a layer's input and at its output."""
+    """Intrinsic dimension of the target's hidden states at the input and at the output of a layer's block."""
 
     input: float
     output: float
