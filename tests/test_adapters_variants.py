@@ -221,7 +221,7 @@ def test_block_diagonal_has_n_times_the_rank_at_the_same_parameters():
     _, found = make(partial(BlockDiagonalLoRA, blocks=4), {"2": 2})
     adapter = found["2"]
     assert sum(p.numel() for p in adapter.parameters()) == 2 * (36 + 8)
-    assert float(adapter.lora_A.abs().max()) <= 9**-0.5 < 36**0.5 * float(adapter.lora_A.abs().max()) / 3
+    assert 36**-0.5 < float(adapter.lora_A.detach().abs().max()) <= 9**-0.5  # a row of a block has 9 inputs
     nn.init.normal_(adapter.lora_B)
     products = [b @ a for b, a in zip(adapter.lora_B.chunk(4), adapter.lora_A.chunk(4, 1), strict=True)]
     assert torch.allclose(adapter.delta_weight(), adapter.scale * torch.block_diag(*products))

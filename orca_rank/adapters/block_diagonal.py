@@ -24,8 +24,8 @@ class BlockDiagonalLoRA(LoRA):
         blocks: n, one for all layers or a mapping layer -> n (RaLoRA chooses them by layer); 1 is LoRA.
 
     Raises:
-        ValueError: unless n divides d_in and d_out, and r is at most the full rank of one block, min(d_in, d_out)/n; for
-            another initialisation than kaiming and gaussian. KeyError: when the mapping lacks the layer.
+        ValueError: unless n divides d_in and d_out, and r is at most the full rank of one block, min(d_in, d_out)/n;
+            for another initialisation than kaiming and gaussian. KeyError: when the mapping lacks the layer.
     """
 
     inits: ClassVar[tuple[str, ...]] = ("kaiming", "gaussian")
