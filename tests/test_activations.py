@@ -1,5 +1,7 @@
 """What hooks collect from a body, and spectra against planted ranks and their nulls."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,15 @@ from shared import apart
 from torch import nn
 
 from orca_rank.measuring.activations import collect, module_of
-from orca_rank.measuring.gradients import collect_gradients
+from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.hidden import hidden_dimensions, pooled
 from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.spectra import (
     activation,
     intrinsic_dimension,
     leading,
     load_directions,
+    load_gradients,
     ot_map,
     transport,
     upper_bound,
@@ -165,6 +169,44 @@ def test_gradient_is_quiet_under_the_null():
     assert np.mean([gradients(100 + s, 0, n=100)[0]["layer"].spectrum().rank > 0 for s in range(40)]) <= 0.125
 
 
+def test_the_whitened_gradient_holds_correlations():
+    """Inputs x = M u and gradients δ = N (U diag(c) Vᵀ u + noise): the correlations are the planted ones, and stay
+    where they are when M and N change; the null of whole images leaves just these above."""
+    correlations, n = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64), 6000
+    u, left, right = images(1, n, 1), orthonormal(D, 3, 2), orthonormal(D, 3, 3)
+    u = u / u.std((0, 1))  # rows of unit variance, each direction of its own
+    u = u @ torch.linalg.inv(torch.linalg.cholesky(u[:, 0].T @ u[:, 0] / n)).T
+    noise = torch.randn(n, 1, D, generator=generator(4), dtype=torch.float64)
+    own = torch.eye(D, dtype=torch.float64) - left @ (1 - (1 - correlations**2).sqrt()).diag() @ left.T
+    delta = u @ right @ correlations.diag() @ left.T + noise @ own
+    stretch = torch.linspace(0.5, 2, D, dtype=torch.float64).diag()
+    for m, k in ((torch.eye(D).double(), torch.eye(D).double()), (orthonormal(D, D, 5) @ stretch, stretch)):
+        found = Gradients((D, D), 8, torch.device("cpu"), moments=True)
+        signs = torch.randint(0, 2, (8, n), generator=generator(7)) * 2.0 - 1
+        found.add((u @ m.T).float(), (delta @ k.T).float(), signs)
+        spectrum = found.whitened()
+        assert spectrum.values[:3] == pytest.approx(correlations, rel=0.05)
+        assert spectrum.rank == 3
+        # The step of K-FAC, −Σ_δ⁻¹ G Σ_x⁻¹ (its inverses are damped).
+        step = -torch.linalg.inv(k.T) @ left @ correlations.diag() @ right.T @ torch.linalg.inv(m)
+        assert apart(spectrum.b[:, :3] @ spectrum.a[:3], step) < 0.15
+    third = Gradients((D, D), 8, torch.device("cpu"), moments=True)
+    third.add(u.float(), delta.float(), signs)
+    assert third.whitened(slice(0, 8)).values[0] <= 1
+    with pytest.raises(ValueError, match="moments=True"):
+        Gradients((D, D), 8, torch.device("cpu")).whitened()
+
+
+def test_the_whitened_gradient_is_quiet_under_the_null():
+    def rank(seed):
+        found = Gradients((12, 10), 8, torch.device("cpu"), moments=True)
+        x, delta = (torch.randn(80, 3, d, generator=generator(2 * seed + i)) for i, d in enumerate((10, 12)))
+        found.add(x, delta, torch.randint(0, 2, (8, 80), generator=generator(seed)) * 2.0 - 1)
+        return found.whitened().rank
+
+    assert np.mean([rank(seed) > 0 for seed in range(60)]) <= 0.11  # 5 % of 60, and two standard deviations
+
+
 def test_gradients_are_those_of_autograd():
     found, (x, y, student) = gradients(1, 2, n=150)
     weight = student.layer.weight.detach().clone().requires_grad_()
@@ -225,8 +267,9 @@ def test_directions_are_read_as_adapters_take_them(tmp_path):
     a, b = load_directions(path, "ot_map")["x.q"]
     assert (a.shape, b.shape) == ((2, 3), (4, 2))
     assert torch.equal(load_directions(path, "activation")["x.q"], WEIGHT)
-    with pytest.raises(ValueError, match=r"gap\.measurements\.gradient=true"):
-        load_directions(path, "gradient")
+    for load, kind in ((partial(load_directions, kind="gradient"), "gradient"), (load_gradients, "mean_gradient")):
+        with pytest.raises(ValueError, match=rf"gap\.measurements\.{kind}=true"):
+            load(path)
     with pytest.raises(FileNotFoundError, match="stage=measure"):
         load_directions(tmp_path / "none", "ot_map")
 
@@ -246,6 +289,53 @@ def test_intrinsic_dimension_of_a_flat_sheet(d):
     assert intrinsic_dimension(points.float()) == pytest.approx(d, rel=0.15)
     with pytest.raises(ValueError, match="different"):
         intrinsic_dimension(torch.ones(50, 3))
+
+
+class Squares(nn.Module):
+    """A block (B, N, 12) -> (B, N, 12) that adds the squares of the first six numbers to the last six."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return torch.cat([x[..., :6], x[..., 6:] + x[..., :6].square()], -1)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_hidden_states_are_those_around_a_block(first):
+    """Tokens m + b and m − b: their mean m fills two dimensions, with the mean of squares m² + b² it is five."""
+
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Squares(), nn.Identity()])
+            self.head = nn.Linear(12, 12)
+
+        def forward(self, x):  # pixels before tokens, as a convolutional block has them
+            x = self.blocks[0](x)
+            return self.head(x.movedim(1, -1) if first else x)
+
+    m, b = torch.zeros(1500, 12), torch.zeros(1500, 12)
+    m[:, :2] = torch.rand(1500, 2, generator=generator(0))
+    b[:, 3:6] = 1 + torch.rand(1500, 3, generator=generator(1))
+    x = torch.stack([m + b, m - b], 1)  # (n, 2, 12)
+    body = Body().requires_grad_(False)
+    if first:
+        x = x.movedim(1, -1)[..., None]  # (n, 12, 2, 1)
+        body.blocks[0].forward = lambda x: Squares.forward(body.blocks[0], x.movedim(1, -1)).movedim(-1, 1)
+    layers = {"blocks.0.fc": body.blocks[0].fc, "head": body.head}
+    found = hidden_dimensions(body, layers, dict(body.named_modules()), [(x, None)], 1500)
+    assert found.keys() == {"blocks.0", "head"}
+    assert found["blocks.0"] == pytest.approx((2, 5), rel=0.15)
+    assert found["head"][0] == pytest.approx(found["blocks.0"][1])
+    with pytest.raises(ValueError, match=r"blocks\.0 took no part"):
+        hidden_dimensions(nn.Identity(), layers, dict(body.named_modules()), [(x, None)], 20)
+
+
+def test_hidden_states_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"hidden state of block has shape \(4, 7\).*width 3 or 5"):
+        pooled(torch.ones(4, 7), 4, {3, 5}, "block")
 
 
 def test_upper_bound_holds_for_a_further_draw():

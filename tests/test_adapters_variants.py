@@ -10,6 +10,7 @@ from torch import nn
 
 from orca_rank.adapters import (
     Additive,
+    BlockDiagonalLoRA,
     Bottleneck,
     DeltaLoRA,
     DyLoRA,
@@ -54,6 +55,7 @@ VARIANTS = {
     "rerandomised": ReRandomised,
     "gated": GatedLoRA,
     "bottleneck": Bottleneck,
+    "block_diagonal": partial(BlockDiagonalLoRA, blocks=2),
 }
 X = torch.linspace(-1, 1, 10 * 12, dtype=torch.float64).reshape(10, 12).mul(3).sin()
 PLAN = {"0.q": 4, "0.v": 4, "2": 4}
@@ -213,6 +215,30 @@ def test_two_subspaces_is_the_butterfly_mixer():
     assert int(torch.linalg.matrix_rank(adapter.delta_weight())) == 2
     with pytest.raises(ValueError, match="even"):
         make("two_subspaces", {"2": 3})
+
+
+def test_block_diagonal_has_n_times_the_rank_at_the_same_parameters():
+    _, found = make(partial(BlockDiagonalLoRA, blocks=4), {"2": 2})
+    adapter = found["2"]
+    assert sum(p.numel() for p in adapter.parameters()) == 2 * (36 + 8)
+    assert 36**-0.5 < float(adapter.lora_A.detach().abs().max()) <= 9**-0.5  # a row of a block has 9 inputs
+    nn.init.normal_(adapter.lora_B)
+    products = [b @ a for b, a in zip(adapter.lora_B.chunk(4), adapter.lora_A.chunk(4, 1), strict=True)]
+    assert torch.allclose(adapter.delta_weight(), adapter.scale * torch.block_diag(*products))
+    assert int(torch.linalg.matrix_rank(adapter.delta_weight())) == 8
+    _, found = make(partial(BlockDiagonalLoRA, blocks=1), {"2": 2})
+    _, plain = make("lora", {"2": 2})
+    assert torch.equal(found["2"].lora_A, plain["2"].lora_A)
+    mapped = make(partial(BlockDiagonalLoRA, blocks={"0.q": 3, "2": 2}), {"0.q": 2, "2": 2})[1]
+    assert [adapter.blocks for adapter in mapped.values()] == [3, 2]
+
+
+def test_block_diagonal_refusals():
+    for blocks, rank, match in ((3, 2, "divides"), (0, 2, "divides"), (4, 3, "full rank 2")):
+        with pytest.raises(ValueError, match=match):
+            make(partial(BlockDiagonalLoRA, blocks=blocks), {"2": rank})
+    with pytest.raises(KeyError, match="blocks has nothing for '2'"):
+        make(partial(BlockDiagonalLoRA, blocks={"0.q": 2}), {"2": 2})
 
 
 def linear_problem():
@@ -402,7 +428,9 @@ def test_gate_options_are_checked():
             make(partial(GatedLoRA, **options))
 
 
-@pytest.mark.parametrize("variant", ["moslora", "gated", "delta", "additive", "rerandomised", "two_subspaces"])
+@pytest.mark.parametrize(
+    "variant", ["moslora", "gated", "delta", "additive", "rerandomised", "two_subspaces", "block_diagonal"]
+)
 def test_meta_models_can_be_counted(variant):
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(12, 36), nn.GELU(), nn.Linear(36, 8))

@@ -166,6 +166,8 @@ def test_gradients_of_a_loss():
         first = torch.linalg.svdvals(gradient)[0]
         assert gaps[name].spectra["gradient"].singular_values[0] == pytest.approx(float(first), rel=1e-4)
     assert len(orca.plan(gaps, "importance", total_rank=4)) == 2
+    with pytest.raises(ValueError, match="only stage=measure keeps"):
+        orca.measure(model, NEAR, [(FAR, LABELS)], "fc", measurements=["mean_gradient"], **FEW)
     with pytest.raises(ValueError, match="needs a loss"):
         orca.measure(model, NEAR, [(FAR, LABELS)], "fc", **options)
     with pytest.raises(ValueError, match="need labels"):

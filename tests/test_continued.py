@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 from shared import TINY_FINETUNE as TINY
 from shared import apart
 
@@ -55,6 +56,34 @@ def test_plain_lora_becomes_its_best_approximation_or_stays(composed: Callable[.
         assert float(left) == pytest.approx(float(torch.linalg.svdvals(whole)[2:].norm()), rel=1e-3, abs=1e-6)
     metrics = json.loads((run / "finetune/low/metrics.json").read_text())
     assert any(name.endswith("high/model.safetensors") for name in metrics["inputs"])
+
+
+def test_train_high_cut_by_one_threshold_and_go_on(composed: Callable[..., DictConfig]) -> None:
+    """experiment=para: the ranks are those of the largest s_k² per parameter of all layers, and the start is what these
+    directions had learned."""
+    options = (*TINY, "rank=uniform", "adapter.module.scaling=constant", "adapter.module.alpha=4")
+    first = composed(*options, "finetune.tag=high", "finetune.keep_update=true", "budget.mean_rank=4")
+    finetune.run(first)
+    run = Path(first.paths.runs) / first.run
+    update = run / "finetune/high/update.safetensors"
+    cut = ("rank=trained", f"rank.update={update}", "finetune.from=high", "budget.mean_rank=null")
+    finetune.run(composed(*options, *cut, "budget.parameters=400", *STILL))
+    learned = load_file(update)
+    ranks = json.loads((run / "finetune/later/ranks.json").read_text())["ranks"]
+    assert 400 - 40 < sum(r * sum(learned[name].shape) for name, r in ranks.items()) <= 400
+    worth = {name: torch.linalg.svdvals(w).square() / sum(w.shape) for name, w in learned.items()}
+    kept = min(float(worth[name][r - 1]) for name, r in ranks.items() if r)
+    left = {name: float(worth[name][r]) for name, r in ranks.items()}
+    cheapest = min(sum(w.shape) for w in learned.values())
+    assert all(value <= kept * (1 + 1e-4) for name, value in left.items() if sum(learned[name].shape) == cheapest)
+    assert len(set(ranks.values())) > 1
+    later = adapters(load(run, tag="later").model.body)
+    for name, r in ranks.items():
+        u, s, vh = torch.linalg.svd(learned[name])
+        if r:
+            assert apart(later[name].delta_weight(), (u[:, :r] * s[:r]) @ vh[:r]) < 1e-4
+        else:
+            assert name not in later
 
 
 def test_what_cannot_be_gone_on_from_is_refused(composed: Callable[..., DictConfig]) -> None:

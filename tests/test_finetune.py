@@ -53,7 +53,7 @@ def test_a_plan_that_adapts_no_layer_is_refused(composed: Callable[..., DictConf
 ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
 OFTEN = ("lora", "dylora", "full", "linear_probe", "norm_only")
 # What these take from stage=measure is tested below.
-MEASURED = ("dylora_ibp", "matryoshka_ibp", "gated_ibp", "lora_directions")
+MEASURED = ("dylora_ibp", "matryoshka_ibp", "gated_ibp", "lora_directions", "gora")
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,11 @@ def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], ad
     measured = folder(config).parents[1] / "measure"
     write_json(measured / "layers.json", {"layers": records})
     stored = {f"gradient/{layer.name}.A": torch.eye(2, layer.d_in) for layer in layers}
+    stored |= {f"mean_gradient/{layer.name}.G": torch.ones(layer.d_out, layer.d_in) for layer in layers}
     write_tensors(measured / "directions.safetensors", stored)
     finetune.run(config)
     metrics = json.loads((folder(config) / "metrics.json").read_text())
-    if adapter != "lora_directions":
+    if adapter not in ("lora_directions", "gora"):
         alphas = metrics["adapter_module"]["concentration"]
         mean = config.adapter.prior.mean
         expected = [max(mean * i / np.mean(range(len(layers))), 0.01 * mean) for i in range(len(layers))]

@@ -302,6 +302,43 @@ def test_directions_give_a_and_the_starting_delta():
         inject(toy(), {"2": 2}, partial(LoRA, init="directions", directions={"2": a[:, :7]}))
 
 
+@pytest.mark.parametrize("scaling", ["lora", "rslora", "constant"])
+def test_gora_starts_against_the_gradient_on_the_rows_of_a(scaling):
+    """ΔW = −γ √(d_in/r) G A⁺A whatever the scale: what is left of G stands at right angles to every row of A."""
+    gradient = torch.randn(5, 8, generator=torch.Generator().manual_seed(3)).double()
+    start = partial(LoRA, init="gora", gradients={"2": gradient}, gamma=0.1, scaling=scaling)
+    adapter = inject(toy(), {"2": 3}, start)["2"]
+    a, delta = adapter.lora_A.detach(), adapter.delta_weight().detach()
+    projection = a.T @ torch.linalg.inv(a @ a.T) @ a
+    assert torch.allclose(delta, -0.1 * math.sqrt(8 / 3) * gradient @ projection)
+    assert torch.allclose((gradient + delta / (0.1 * math.sqrt(8 / 3))) @ a.T, torch.zeros(5, 3).double(), atol=1e-12)
+    assert [p.requires_grad for p in adapter.parameters()] == [True, True]
+    whole = inject(toy(), RankPlan({"2": 8}, allow_above_full=True), start)["2"]
+    assert torch.allclose(whole.delta_weight(), -0.1 * gradient)  # A spans everything
+    again = inject(toy(), {"2": 3}, partial(LoRA, scaling=scaling))["2"]  # drawn with the same seed of torch
+    assert torch.allclose(again.lora_A, adapter.lora_A)
+
+
+def test_gora_keeps_its_length_over_random_rows():
+    """√(d_in/r) undoes what a random A keeps of ‖G‖: E‖G A⁺A‖² = r/d_in ‖G‖²."""
+    gradient = torch.randn(20, 60, generator=torch.Generator().manual_seed(3))
+    start = partial(LoRA, init="gora", gradients={"": gradient}, gamma=1.0, generator=torch.Generator().manual_seed(4))
+    lengths = [float(start(torch.zeros(20, 60), r).delta_weight().detach().norm()) for r in (5, 20, 45)]
+    assert lengths == pytest.approx([float(gradient.norm())] * 3, rel=0.15)
+
+
+def test_gora_wants_a_gradient_that_fits():
+    gradient = torch.ones(5, 8)
+    for options, error, match in (
+        ({"gradients": {"0": gradient}}, KeyError, "init='gora' has nothing for '2'"),
+        ({"gradients": {"2": gradient.T}}, ValueError, r"G is \(8, 5\); expected \(5, 8\)"),
+        ({"gradients": {"2": gradient}, "frozen": "B"}, ValueError, "sets B"),
+        ({"gradients": {"2": gradient}, "gamma": 0.0}, ValueError, "gamma > 0"),
+    ):
+        with pytest.raises(error, match=match):
+            inject(toy(), {"2": 2}, partial(LoRA, init="gora", **options))
+
+
 def test_pissa_takes_the_leading_triplets():
     model = toy()
     u, s, v = torch.linalg.svd(model[2].weight.detach())

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.artifacts.provenance import plain
 from orca_rank.distances import mmd, sliced_wasserstein
-from orca_rank.measuring.layers import agreement
+from orca_rank.measuring.layers import NULLED, agreement
 from orca_rank.measuring.options import GapOptions
-from orca_rank.measuring.records import Gap, Layer, Spectrum, WeightRank
+from orca_rank.measuring.records import SPECTRA, Gap, Layer, Spectrum, WeightRank
 from orca_rank.stages import measure, plan
 
 SMALL = (
@@ -140,23 +140,31 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
 
 def test_everything_at_once(measured):
     folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
-                      "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3")  # fmt: skip
+                      "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3",
+                      "gap.measurements.mean_gradient=true")  # fmt: skip
     layers = layers_in(folder)
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:
         assert set(layer.gap) == {m + v for m in ("mmd", "sliced") for v in ("", "_standardised", "_whitened")}
-        for kind in ("ot_map", "gradient", "activation"):
+        for kind in SPECTRA:
             values = layer.spectra[kind].singular_values
             assert values == tuple(sorted(values, reverse=True))
             assert directions[f"{kind}/{layer.name}.A"].shape[1] == layer.d_in
-        for kind in ("ot_map", "gradient"):
+        for kind in NULLED:
             found = layer.spectra[kind]
             assert found.rank == sum(value > found.null for value in found.singular_values)
             assert directions[f"{kind}/{layer.name}.B"].shape[0] == layer.d_out
         assert layer.spectra["activation"].rank is None
         assert layer.importance > 0
+        mean = directions[f"mean_gradient/{layer.name}.G"]
+        assert mean.shape == (layer.d_out, layer.d_in)
+        first = layer.spectra["gradient"].singular_values[0]
+        assert float(torch.linalg.matrix_norm(mean, 2)) == pytest.approx(first, rel=1e-3)
         assert layer.fisher > 0
         assert layer.intrinsic_dimension.input > 0
+    blocks = {layer.name.partition(".attn")[0].partition(".mlp")[0]: layer.intrinsic_dimension for layer in layers}
+    assert len(blocks) < len({layer.name for layer in layers})
+    assert all(layer.intrinsic_dimension == blocks[name] for name in blocks for layer in layers if name in layer.name)
 
 
 def test_an_aligned_embedder_is_used_and_another_target_is_compared(measured, composed, tmp_path):

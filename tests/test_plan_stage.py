@@ -112,6 +112,7 @@ def test_many_rules_are_shown_in_tables_that_fit(
     spectrum = {"singular_values": [1.0], "null": 0.5, "energy": 1.0, "rank": 1}
     rest = {"weight": {"stable_rank": 1.0, "effective_rank": 1.0}, "importance": 1.0, "fisher": 1.0}
     rest |= {"intrinsic_dimension": {"input": 1.0, "output": 1.0}, "ot_map": spectrum, "gradient": spectrum}
+    rest["whitened_gradient"] = spectrum
     records = [{**{k: layer[k] for k in ("name", "d_in", "d_out")}, "gap": gap, **rest} for layer in layers]
     write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": records})
     names = [name for name in ranks.RULES if name not in ("activation", "theory", "posterior", "from_file")]

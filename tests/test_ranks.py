@@ -264,7 +264,7 @@ def test_a_missing_measurement_names_the_stage_and_the_option():
         with pytest.raises(ValueError, match=r"(?s)b.*stage=measure.*gap\.metrics"):
             rule(layers, budget)
     for rule, option in ((ranks.stable_rank, "weight"), (ranks.importance, "importance"), (ranks.fisher, "fisher"),
-                         (ranks.gelora, "intrinsic_dimension")):  # fmt: skip
+                         (ranks.gora, "importance"), (ranks.gelora, "intrinsic_dimension")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"stage=measure.*gap\.measurements\.{option}=true"):
             rule(layers, budget)
 
@@ -285,6 +285,36 @@ def test_scalar_measurements():
     assert list(ranks.fisher(layers, budget).ranks.values()) == [1, 7]
     assert list(ranks.gelora(layers).ranks.values()) == [4, 1]
     assert list(ranks.gelora(layers, Budget(total_rank=5)).ranks.values()) == [4, 1]
+
+
+def test_gora_is_the_papers_formula_or_spends_the_budget():
+    def records(*rows):
+        return [Layer(str(i), d, d, importance=w) for i, (d, w) in enumerate(rows)]
+
+    def given(layers, *args, **options):
+        return list(ranks.gora(layers, *args, **options).ranks.values())
+
+    alike = records((32, 3.0), (32, 1.0))
+    assert given(alike, r0=4) == given(alike, Budget(total_rank=8)) == given(alike, Budget(parameters=512)) == [6, 2]
+    uneven = records((32, 1.0), (8, 1.0))  # costs 64 and 16: r ∝ 1/8 and 1/4
+    assert given(uneven, r0=4) == [3, 6]  # .5 (8 + 4) 4 / 8 and / 4
+    assert given(uneven, Budget(parameters=4 * 80)) == [3, 8]  # 3.3 and 6.7, and what is left to the cheaper
+    skewed = records((32, 1e6), (32, 1.0), (32, 1.0), (32, 1.0), (32, 0.0), (32, 1e-9))
+    assert given(skewed, r0=4) == [16, 2, 2, 2, 2, 2]  # 24 before the bounds, r0 / 2 and 4 r0
+    assert given(skewed, Budget(mean_rank=4)) == [14, 2, 2, 2, 2, 2]
+    assert given(skewed, Budget(mean_rank=4), most=2) == [8, 4, 4, 4, 2, 2]  # what the cap leaves goes by weight
+    assert given(skewed, Budget(mean_rank=4, r_max=3)) == [3] * 6
+    assert given(skewed, Budget(mean_rank=1)) == [1] * 6  # half of one is no rank
+    assert given(records((32, 0.0), (32, 0.0)), Budget(mean_rank=3)) == [3, 3]
+    assert given(records((4, 1.0), (4, 3.0)), r0=3) == [2, 4]  # at most the full rank
+    for options, match in (
+        ({"least": 2}, "least <= 1"),
+        ({"most": 0.5}, "1 <= most"),
+        ({"r0": 0}, "rank.r0"),
+        ({}, "r0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ranks.gora(alike, **options)
 
 
 gaps = st.lists(st.floats(-1, 100, allow_nan=False), min_size=1, max_size=8)

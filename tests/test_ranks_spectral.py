@@ -40,6 +40,20 @@ def test_with_a_budget_units_go_by_value_and_the_null_comes_last():
     assert ranks.gradient(layers, Budget(parameters=64)).ranks == {"a": 0, "b": 2}
 
 
+def test_whitened_gradient_leaves_no_layer_without():
+    name = "whitened_gradient"
+    layers = [layer("a", name, [5.0, 4.0, 0.9]), layer("b", name, [0.9, 0.8]), layer("c", name, [3.0, 2.0])]
+    assert list(ranks.whitened_gradient(layers).ranks.values()) == [2, 1, 2]
+    assert list(ranks.whitened_gradient(layers, least=0).ranks.values()) == [2, 0, 2]
+    assert list(ranks.whitened_gradient(layers, Budget(total_rank=5)).ranks.values()) == [2, 1, 2]
+    assert list(ranks.whitened_gradient(layers, Budget(total_rank=3), least=0).ranks.values()) == [2, 0, 1]
+    plan = ranks.whitened_gradient(layers, Budget(total_rank=4, r_max=2))
+    assert list(plan.ranks.values()) == [2, 1, 1] and plan.budget == Budget(total_rank=4, r_max=2)
+    for budget, options, match in ((Budget(total_rank=2), {}, "rank.least=0"), (None, {"least": -1}, "whole number")):
+        with pytest.raises(ValueError, match=match):
+            ranks.whitened_gradient(layers, budget, **options)
+
+
 def test_activation_is_eva():
     layers = [layer("a", "activation", [3.0, 0.1], None), layer("b", "activation", [2.0, 2.0, 1.9, 1.8], None)]
     # ratios: a .999, .001; b .27 .27 .24 .22
@@ -63,7 +77,10 @@ def test_what_the_cap_of_activation_leaves_over_is_spent():
 
 
 def test_missing_spectra_name_the_option():
-    for rule, option in ((ranks.ot_map, "ot_map"), (ranks.gradient, "gradient"), (ranks.activation, "activation")):
+    for rule, option in (
+        (ranks.ot_map, "ot_map"),
+        *((getattr(ranks, name), name) for name in ("gradient", "whitened_gradient", "activation")),
+    ):
         with pytest.raises(ValueError, match=rf"stage=measure.*gap\.measurements\.{option}=true"):
             rule([Layer("a", 4, 4)], Budget(total_rank=1))
 

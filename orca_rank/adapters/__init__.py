@@ -1,5 +1,6 @@
 """Adapters for the matrices of a frozen model: small modules, strict injection, exact merging, PEFT's file layout."""
 
+from orca_rank.adapters.block_diagonal import BlockDiagonalLoRA
 from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.bottleneck import Bottleneck
 from orca_rank.adapters.conv import AdaptedConv2d
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptedConv2d",
     "AdaptedLinear",
     "Additive",
+    "BlockDiagonalLoRA",
     "Bottleneck",
     "DeltaLoRA",
     "DyLoRA",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 SCALINGS = ("lora", "rslora", "constant")
 B_ALONE = ("kaiming", "gaussian", "directions")  # W₀ stays as it is; B = 0, unless the directions say otherwise
 MOVING = ("symmetric", "pissa")  # W₀ − s B₀A₀ stands in its place
-INITS = (*B_ALONE, *MOVING)
+INITS = (*B_ALONE, *MOVING, "gora")
 Directions = Mapping[str, Tensor | Sequence[Tensor]]
+T = TypeVar("T")
 
 
 class NotExpressible(ValueError):
@@ -34,6 +35,18 @@ def scale_of(alpha: float, rank: int, scaling: str) -> float:
     return {"lora": alpha / rank, "rslora": alpha / math.sqrt(rank), "constant": alpha}[scaling]
 
 
+def gora(gradient: Float[Tensor, "d_out d_in"], a: Float[Tensor, "r d_in"], gamma: float) -> Float[Tensor, "d_out r"]:
+    """sB with sBA = −γ √(d_in/r) G A⁺A: −G as far as the rows of A span it, at about γ times its length.
+
+    GoRA (He et al. 2025, arXiv 2502.12171): B = −ξ G Aᵀ(AAᵀ)⁻¹ is the best approximation of −ξ G through A. A random A
+    keeps √(r/d_in) of ‖G‖ on average; the paper's ξ = γ √d_in / α undoes that under the scale α/√r, and here it is
+    undone under every scale.
+    """
+    r, d_in = a.shape
+    inverse = torch.linalg.pinv(a.double())  # (d_in, r)
+    return -gamma * math.sqrt(d_in / r) * (gradient.double() @ inverse).to(a)
+
+
 class LoRA(nn.Module):
     """ΔW = s B A for one matrix W₀ (d_out × d_in): Hu et al. 2021, eq. 3.
 
@@ -42,6 +55,7 @@ class LoRA(nn.Module):
 
     * ``kaiming`` A uniform as in the reference code, B = 0; ``gaussian`` A ~ N(0, 1/r), B = 0;
     * ``directions`` A (and B, if given) from ``directions[name]``: with B the adapter starts at ΔW = B A;
+    * ``gora`` A as kaiming, and from ``gradients[name]`` a B that makes ΔW one step against them, see `gora`;
     * ``symmetric`` W₀ − s B₀A₀ + s B A, both factors random (kexue.fm/9590);
     * ``pissa`` the same with B₀A₀ = the r leading singular triplets of W₀ (Meng et al. 2024).
 
@@ -54,11 +68,13 @@ class LoRA(nn.Module):
         dropout: probability of dropping an entry of x on its way into A.
         init: see above.
         directions: layer -> A (≥ r, d_in), or a pair of A and B (d_out, ≥ r); the first r are used.
+        gradients: layer -> G (d_out, d_in), the mean gradient of the loss by W₀. gamma: the length of gora's step.
         frozen: None, "A" or "B".
         generator: source of randomness; None is torch's global one.
 
     Raises:
-        ValueError: for an option or a shape that does not fit; KeyError: when ``directions`` lacks the layer.
+        ValueError: for an option or a shape that does not fit; KeyError: when ``directions`` or ``gradients`` lack the
+            layer.
     """
 
     low_rank: ClassVar[bool] = True  # whether ΔW is a product, so that `factors` says it all
@@ -79,6 +95,8 @@ class LoRA(nn.Module):
         dropout: float = 0.0,
         init: str = "kaiming",
         directions: Directions | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+        gamma: float = 0.05,
         frozen: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -103,6 +121,8 @@ class LoRA(nn.Module):
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self._initialise(weight.detach(), init, frozen, directions or {}, generator)
+        if init == "gora":
+            self._step_against(gradients or {}, gamma, frozen)
 
     @torch.no_grad()
     def _initialise(
@@ -134,10 +154,13 @@ class LoRA(nn.Module):
         if self.moves_base:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
+    def _of(self, given: Mapping[str, T], what: str) -> T:
+        if self.name not in given:
+            raise KeyError(f"{what} has nothing for {self.name!r}; it knows {sorted(given)[:5]}")
+        return given[self.name]
+
     def _given(self, directions: Directions) -> None:
-        if self.name not in directions:
-            raise KeyError(f"init='directions' has nothing for {self.name!r}; it knows {sorted(directions)[:5]}")
-        given = directions[self.name]
+        given = self._of(directions, "init='directions'")
         a, b = (given, None) if isinstance(given, Tensor) else given
         if a.ndim != 2 or a.shape[0] < self.rank or a.shape[1] != self.d_in:
             raise ValueError(f"{self.name}: A is {tuple(a.shape)}; expected (at least {self.rank}, {self.d_in})")
@@ -146,6 +169,16 @@ class LoRA(nn.Module):
             if b.ndim != 2 or b.shape[0] != self.d_out or b.shape[1] < self.rank:
                 raise ValueError(f"{self.name}: B is {tuple(b.shape)}; expected ({self.d_out}, at least {self.rank})")
             self.lora_B.copy_(b[:, : self.rank] / self.scale)
+
+    @torch.no_grad()
+    def _step_against(self, gradients: Mapping[str, Tensor], gamma: float, frozen: str | None) -> None:
+        if frozen == "B" or not gamma > 0:
+            raise ValueError(f"{self.name}: init='gora' sets B by gamma > 0; received frozen={frozen!r}, gamma={gamma}")
+        gradient = self._of(gradients, "init='gora'")
+        if gradient.shape != (self.d_out, self.d_in):
+            raise ValueError(f"{self.name}: G is {tuple(gradient.shape)}; expected {(self.d_out, self.d_in)}")
+        if not self.lora_A.is_meta:
+            self.lora_B.copy_(gora(gradient.to(self.lora_A.device), self.lora_A, gamma) / self.scale)
 
     @property
     def scale(self) -> float:

@@ -25,6 +25,7 @@ from orca_rank.distances import (
 from orca_rank.distances.scores import Metric
 from orca_rank.measuring.activations import collect, module_of
 from orca_rank.measuring.gradients import Gradients, collect_gradients
+from orca_rank.measuring.hidden import hidden_dimensions
 from orca_rank.measuring.layers import Side, layer_gaps, take_side
 from orca_rank.measuring.layers import measurements as measure_others
 from orca_rank.measuring.matrices import adaptable_layers, matrix_of
@@ -79,7 +80,7 @@ def measure(
         metrics: names among mmd, sliced, energy, bures, wasserstein, otdd and proxy_a, or name -> a function
             (x (n, d), y (m, d)) -> number.
         measurements: what rules other than those of gaps read: weight, ot_map, activation, intrinsic_dimension, and
-            with a `loss` gradient, importance and fisher.
+            with a `loss` gradient, whitened_gradient, importance and fisher.
         qkv: "fused" takes a Linear called qkv as the one layer that it is, "separate" as the three <name>.q, .k and .v.
         target_model: what the target passes through where that is another model of the same layers, such as one with an
             embedder of its own.
@@ -126,12 +127,16 @@ def measure(
         gradients = None
         if loss is not None and asked.asks(*GRADIENTS):
             gradients = _gradients(other, loss, target, watched, asked, seed)
+    dimensions = {}
+    if asked.asks("intrinsic_dimension"):
+        with as_found(other):
+            dimensions = _hidden(other, target, watched, asked)
     pair = found["source"], found["target"]
     gaps: dict[str, dict[str, Gap]] = {module: {} for module in watched}
     for name, metric in asked.metrics.items():
         for module, one in layer_gaps(name, metric, asked, seed, *pair).items():
             gaps[module] |= one
-    measured, _ = measure_others(asked, seed, records, modules, other, *pair, gradients)
+    measured, _ = measure_others(asked, seed, records, modules, other, *pair, gradients, dimensions)
     measured = [replace(layer, gap=gaps[modules[layer.name]]) for layer in measured]
     return Gaps(measured, *(len(found[side].labels) for side in ("source", "target")))
 
@@ -187,6 +192,8 @@ def _options(
             raise ValueError(f"metrics has {', '.join(map(str, unknown))}; there are {', '.join(METRICS)}")
         metrics = {name: METRICS[name] for name in metrics}
     asked = GapOptions.from_dict({**options, "measurements": dict.fromkeys(measurements, True)}, metrics)
+    if asked.asks("mean_gradient"):
+        raise ValueError("measurements has mean_gradient, which only stage=measure keeps, in a file for adapter=gora")
     if asked.asks(*GRADIENTS) and loss is None:
         raise ValueError(f"measurements={list(measurements)} needs a loss: pass loss=(output, y) -> the mean loss")
     return asked
@@ -262,6 +269,20 @@ def _check_alone(call: Callable[[Any], Any], modules: Mapping[str, nn.Module], b
             )
 
 
+def _hidden(model: nn.Module, target: Any, watched: Sequence[str], asked: GapOptions) -> dict[str, tuple[float, float]]:
+    _check_again(target, "hidden states need")
+    batches = batches_of(target, asked.batch_size or 32, "target")
+    blocks = dict(model.named_modules())
+    return hidden_dimensions(
+        _call(model, "target"), _watched(model, watched), blocks, batches, asked.samples, device=device_of(model)
+    )
+
+
+def _check_again(target: Any, who: str) -> None:
+    if isinstance(target, Iterator):
+        raise ValueError(f"{who} a second pass over the target: give a DataLoader or a list, not a generator")
+
+
 def _gradients(
     model: nn.Module,
     loss: Callable[[Any, Tensor], Tensor],
@@ -270,8 +291,7 @@ def _gradients(
     asked: GapOptions,
     seed: int,
 ) -> dict[str, Gradients]:
-    if isinstance(target, Iterator):
-        raise ValueError("gradients need a second pass over the target: give a DataLoader or a list, not a generator")
+    _check_again(target, "gradients need")
 
     def images(x: Any) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -282,5 +302,5 @@ def _gradients(
     modules = {name: matrix_of(model, name) for name in watched}
     return collect_gradients(
         lambda x: x, _call(model, "target"), loss, modules, pairs, asked.samples,
-        draws=asked.sign_draws, seed=seed, device=device_of(model),
+        draws=asked.sign_draws, moments=asked.asks("whitened_gradient"), seed=seed, device=device_of(model),
     )  # fmt: skip

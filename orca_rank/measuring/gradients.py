@@ -13,24 +13,29 @@ from orca_rank.measuring.matrices import Matrix, inputs_of, outputs_of, weight_o
 from orca_rank.measuring.passes import check_seen, limited, watch
 from orca_rank.measuring.spectra import Decomposition, leading, upper_bound
 
+DAMPING = 1e-3  # of the mean eigenvalue, added to a second moment before it is inverted
 ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
 
 
 class Gradients:
     """Running sums over images m of the gradient P_m (d_out, d_in) of one weight.
 
-    mean: G = (1/n) Σ P_m. signed: Σ ε_m P_m for several draws of signs ε_m = ±1, one sign an image.
+    mean: G = (1/n) Σ P_m. signed: Σ ε_m P_m for several draws of signs ε_m = ±1, one sign an image. moments: Σ δδᵀ and
+    Σ xxᵀ over all tokens, of the gradients at the outputs and of the inputs; None where they are not asked for.
     """
 
-    def __init__(self, shape: tuple[int, int], draws: int, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], draws: int, device: torch.device, moments: bool = False) -> None:
         self.count = 0
         self.total = torch.zeros(shape, device=device)
         self.signed = torch.zeros(draws, *shape, device=device)
         self.sign_sums = torch.zeros(draws, device=device)
+        self.moments = tuple(torch.zeros(d, d, device=device) for d in shape) if moments else None
         self.squares = torch.zeros(shape[0], dtype=torch.float64, device=device)
 
     def add(self, x: Float[Tensor, "b n d_in"], g: Float[Tensor, "b n d_out"], signs: Float[Tensor, "draws b"]) -> None:
         """Take in a batch: inputs and gradients at the outputs, P_m = Σ_j g_j x_jᵀ over the tokens j of image m."""
+        for moment, tokens in zip(self.moments or (), (g.flatten(0, 1), x.flatten(0, 1)), strict=False):
+            moment.addmm_(tokens.T, tokens)
         step = max(1, ELEMENTS // self.total.numel())
         for start in range(0, len(x), step):
             rows = slice(start, start + step)
@@ -53,14 +58,29 @@ class Gradients:
         Args:
             rows: outputs of the layer, a part of them for q, k or v of a fused matrix.
         """
-        gradient = self.mean(rows).double().cpu()
-        noise = (self.signed[:, rows] - self.sign_sums[:, None, None] * self.mean(rows)).cpu() / self.count
-        null = upper_bound(leading(noise, 1)[1][:, 0].numpy())
-        u, s, vh = leading(gradient, keep)
-        k = min(keep, len(s))
-        root = s[:k].sqrt()
-        b, a = -u[:, :k] * root, root[:, None] * vh[:k]  # a step against the gradient
-        return Decomposition(s[:k], null, float(gradient.square().sum()), a, b)
+        return _against(self.mean(rows).double().cpu(), self._noise(rows), keep)
+
+    def whitened(self, rows: slice = slice(None), keep: int = 32) -> Decomposition:
+        """Singular values of Σ_δ^{-1/2} G Σ_x^{-1/2}, Σ_δ = (1/n) Σ δδᵀ and Σ_x = (1/n) Σ xxᵀ, against the null of
+        random signs whitened alike.
+
+        They are the correlations, from 0 to 1, between directions of the inputs and of the gradients at the outputs,
+        and do not change when either is multiplied by an invertible matrix: a layer with large inputs or steep outputs
+        counts no more than another. A step against G in these coordinates is that of K-FAC, −Σ_δ^{-1} G Σ_x^{-1}
+        (Martens and Grosse 2015), whose directions are the a and b.
+
+        Raises:
+            ValueError: if the second moments were not collected.
+        """
+        if self.moments is None:
+            raise ValueError("the second moments were not collected: pass moments=True")
+        outputs, inputs = self.moments
+        left, right = _inverse_root(outputs[rows, rows] / self.count), _inverse_root(inputs / self.count)
+        found = _against(left @ self.mean(rows).double().cpu() @ right, left @ self._noise(rows).double() @ right, keep)
+        return found._replace(a=found.a @ right, b=None if found.b is None else left @ found.b)
+
+    def _noise(self, rows: slice) -> Float[Tensor, "draws d_out d_in"]:
+        return (self.signed[:, rows] - self.sign_sums[:, None, None] * self.mean(rows)).cpu() / self.count
 
     def importance(self, weight: Float[Tensor, "d_out d_in"], rows: slice = slice(None)) -> float:
         """mean |W ⊙ G| (GoRA, arXiv 2502.12171)."""
@@ -72,6 +92,26 @@ class Gradients:
         return float(squares.sum() / (self.count * len(squares) * self.total.shape[1]))
 
 
+def _against(
+    gradient: Float[Tensor, "d_out d_in"], noise: Float[Tensor, "draws d_out d_in"], keep: int
+) -> Decomposition:
+    """The spectrum of a gradient, its null from draws of noise, and the step against it."""
+    null = upper_bound(leading(noise, 1)[1][:, 0].numpy())
+    u, s, vh = leading(gradient, keep)
+    k = min(keep, len(s))
+    root = s[:k].sqrt()
+    return Decomposition(s[:k], null, float(gradient.square().sum()), root[:, None] * vh[:k], -u[:, :k] * root)
+
+
+def _inverse_root(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """(Σ + λI)^{-1/2}, λ a share of the mean eigenvalue; 0 where nothing arrives."""
+    values, vectors = torch.linalg.eigh(moment.double().cpu())
+    values = values.clamp_min(0)
+    if not values[-1] > 0:
+        return torch.zeros_like(vectors)
+    return (vectors * (values + DAMPING * values.mean()).rsqrt()) @ vectors.T
+
+
 def collect_gradients(
     embed: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
@@ -81,6 +121,7 @@ def collect_gradients(
     samples: int,
     *,
     draws: int = 8,
+    moments: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda images: None,
@@ -90,7 +131,7 @@ def collect_gradients(
     Args:
         embed: images -> tokens. head: tokens -> predictions, through the modules. loss: (prediction, y) -> the batch's
             mean loss. modules: the layers to watch. draws: sign draws of the null; memory is `draws` + 1 copies of the
-            watched weights.
+            watched weights. moments: collect what `Gradients.whitened` needs, two more matrices a weight.
 
     Raises:
         ValueError: if there are no images, a module takes no part, or a gradient is not finite.
@@ -98,7 +139,7 @@ def collect_gradients(
     device = torch.device(device)
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: weight_of(module).shape for name, module in modules.items()}
-    sums = {name: Gradients((shape[0], shape[1]), draws, device) for name, shape in shapes.items()}
+    sums = {name: Gradients((shape[0], shape[1]), draws, device, moments) for name, shape in shapes.items()}
     count = 0
 
     def seen(name: str, x: Tensor, output: Tensor) -> None:

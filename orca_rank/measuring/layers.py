@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -17,12 +16,14 @@ from orca_rank.distances.scores import Metric
 from orca_rank.measuring.activations import Inputs, collect
 from orca_rank.measuring.classes import Labeller
 from orca_rank.measuring.gradients import Gradients
+from orca_rank.measuring.hidden import block_of
 from orca_rank.measuring.matrices import matrix_of, weight_of
 from orca_rank.measuring.options import VARIANTS, GapOptions
 from orca_rank.measuring.records import SPECTRA, Dimension, Gap, Layer, Spectrum, WeightRank
-from orca_rank.measuring.spectra import Decomposition, activation, intrinsic_dimension, ot_map, transport, weight_rank
+from orca_rank.measuring.spectra import Decomposition, activation, ot_map, transport, weight_rank
 
 KEPT = 32  # singular values of a layer in layers.json
+NULLED = ("ot_map", "gradient", "whitened_gradient")  # spectra with a noise floor
 NEGLIGIBLE = 1e-6  # of the largest
 
 
@@ -107,15 +108,17 @@ def measurements(
     source: Side,
     target: Side,
     gradients: Mapping[str, Gradients] | None,
+    dimensions: Mapping[str, tuple[float, float]],
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[list[Layer], dict[str, Tensor]]:
-    """The layers with everything but gaps, and the directions `<spectrum>/<layer>.A` (k, d_in) and `.B` (d_out, k).
+    """The layers with everything but gaps, and the directions `<spectrum>/<layer>.A` (k, d_in) and `.B` (d_out, k),
+    with the mean gradients `mean_gradient/<layer>.G` (d_out, d_in).
 
     Args:
         modules: layer -> the module whose inputs it reads. gradients: by module; None where nothing asks for them.
+        dimensions: of the hidden states at both ends of a block, see `hidden_dimensions`; empty likewise.
     """
     asks = options.asks
-    dimensions = _dimensions(body, target) if asks("intrinsic_dimension") else {}
     measured: list[Layer] = []
     directions: dict[str, Tensor] = {}
     module, carried, active = "", None, None
@@ -136,18 +139,22 @@ def measurements(
             found["activation"] = active
         if gradients is not None and asks("gradient"):
             found["gradient"] = gradients[module].spectrum(rows, KEPT)
+        if gradients is not None and asks("whitened_gradient"):
+            found["whitened_gradient"] = gradients[module].whitened(rows, KEPT)
         for name, one in found.items():
             directions[f"{name}/{layer.name}.A"] = one.a[: options.directions].float()
             if one.b is not None:
                 directions[f"{name}/{layer.name}.B"] = one.b[:, : options.directions].float()
         own = None if gradients is None else gradients[module]
+        if own is not None and asks("mean_gradient"):
+            directions[f"mean_gradient/{layer.name}.G"] = own.mean(rows).float().cpu()
         measured.append(
             Layer(
                 layer.name,
                 layer.d_in,
                 layer.d_out,
                 weight=_short_ranks(weight_rank(whole[rows])) if asks("weight") else None,
-                intrinsic_dimension=dimensions.get(module),
+                intrinsic_dimension=_dimension(dimensions, block_of(module) or module),
                 importance=_short(own.importance(whole, rows)) if own is not None and asks("importance") else None,
                 fisher=_short(own.fisher(rows)) if own is not None and asks("fisher") else None,
                 spectra={name: _spectrum(one) for name, one in found.items()},
@@ -202,7 +209,7 @@ def _numbers(layer: Layer, depth: int) -> dict[str, float]:
     """What is known of a layer as one number each, under the names of the report."""
     found = {"depth": float(depth)} | {f"{metric} gap": gap.value for metric, gap in layer.gap.items()}
     stable = None if layer.weight is None else layer.weight.stable_rank
-    ranks = {f"{name} rank": layer.spectra[name].rank for name in ("ot_map", "gradient") if name in layer.spectra}
+    ranks = {f"{name} rank": layer.spectra[name].rank for name in NULLED if name in layer.spectra}
     others = {"stable rank": stable, "importance": layer.importance, "fisher": layer.fisher, **ranks}
     return found | {name: float(value) for name, value in others.items() if value is not None}
 
@@ -215,16 +222,8 @@ def _rows(layer: str, module: str, outputs: int) -> slice:
     return slice(part * third, (part + 1) * third)
 
 
-def _dimensions(body: nn.Module, target: Side) -> dict[str, Dimension]:
-    """Intrinsic dimension of a module's inputs and of the next one's; the last module is followed by its own output."""
-    names = list(target.inputs)
-    last = matrix_of(body, names[-1])
-    with torch.no_grad():
-        pooled = target.inputs[names[-1]].pooled.to(last.weight)  # (n, d)
-        output = F.linear(pooled, weight_of(last), last.bias).float().cpu()
-    found = [intrinsic_dimension(target.inputs[name].pooled) for name in names] + [intrinsic_dimension(output)]
-    pairs = zip(names, found, found[1:], strict=False)
-    return {name: Dimension(_short(before), _short(after)) for name, before, after in pairs}
+def _dimension(found: Mapping[str, tuple[float, float]], block: str) -> Dimension | None:
+    return Dimension(*(_short(one) for one in found[block])) if block in found else None
 
 
 def _spectrum(found: Decomposition) -> Spectrum:

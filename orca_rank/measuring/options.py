@@ -15,7 +15,8 @@ VARIANTS: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndar
     "standardised": standardise,
     "whitened": whiten,
 }
-GRADIENTS = ("gradient", "importance", "fisher")  # of the loss of the target
+GRADIENTS = ("gradient", "whitened_gradient", "importance", "fisher", "mean_gradient")  # of the loss of the target
+SIGNED = ("gradient", "whitened_gradient")  # with a null of random signs
 MEASUREMENTS = ("weight", "ot_map", "activation", "intrinsic_dimension", *GRADIENTS)
 
 
@@ -133,7 +134,7 @@ def _least(measurements: frozenset[str]) -> dict[str, int]:
     least = {"samples": 8, "batch_size": 1, "splits": 1, "bootstrap": 0, "permutations": 0}
     least |= {"slow.bootstrap": 0, "slow.permutations": 0, "directions": 0, "tokens": 2 if carried else 0}
     least |= {"components": int("ot_map" in measurements), "null_splits": 2 if "ot_map" in measurements else 0}
-    return least | {"sign_draws": 2 if "gradient" in measurements else 0}
+    return least | {"sign_draws": 0 if measurements.isdisjoint(SIGNED) else 2}
 
 
 def _check_numbers(values: Mapping[str, object], measurements: frozenset[str]) -> None:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-SPECTRA = ("ot_map", "activation", "gradient")  # every spectrum there is, in the order of layers.json
+# Every spectrum there is, in the order of layers.json.
+SPECTRA = ("ot_map", "activation", "gradient", "whitened_gradient")
 Json = dict[str, Any]
 
 
@@ -88,7 +89,7 @@ class WeightRank:
 
 @dataclass(frozen=True)
 class Dimension:
-    """Intrinsic dimension of the target's images at a layer's input and at its output."""
+    """Intrinsic dimension of the target's hidden states at the input and at the output of a layer's block."""
 
     input: float
     output: float

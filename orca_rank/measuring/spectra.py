@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
+from safetensors import safe_open
 from scipy import special
 from torch import Tensor
 
@@ -182,15 +182,34 @@ def load_directions(path: str | Path, kind: str) -> dict[str, Tensor | tuple[Ten
     Raises:
         FileNotFoundError: if the file is not there. ValueError: if it holds no directions of this kind.
     """
+    stored = _stored(path, kind, ("A", "B"))
+    return {layer: (pair[0], pair[1]) if len(pair) == 2 else pair[0] for layer, pair in stored.items()}
+
+
+def load_gradients(path: str | Path) -> dict[str, Tensor]:
+    """layer -> mean gradient G (d_out, d_in), from measure/directions.safetensors: what LoRA's init=gora takes.
+
+    Raises:
+        FileNotFoundError: if the file is not there. ValueError: if it holds no mean gradients.
+    """
+    return {name: pair[0] for name, pair in _stored(path, "mean_gradient", ("G",)).items()}
+
+
+def _stored(path: str | Path, kind: str, parts: tuple[str, ...]) -> dict[str, list[Tensor]]:
+    """layer -> the tensors `<kind>/<layer>.<part>` of it, without those that are not there."""
     option = f"gap.measurements.{kind}=true"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no directions at {path}: run `python -m orca_rank stage=measure` with {option}")
-    tensors = load_file(path)
-    names = [name[len(kind) + 1 : -2] for name in tensors if name.startswith(f"{kind}/") and name.endswith(".A")]
-    if not names:
-        raise ValueError(f"{path} has no {kind} directions: run `python -m orca_rank stage=measure` with {option}")
-    pairs = {name: (tensors[f"{kind}/{name}.A"], tensors.get(f"{kind}/{name}.B")) for name in names}
-    return {name: a if b is None else (a, b) for name, (a, b) in pairs.items()}
+    found: dict[str, list[Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name in sorted(name for name in names if name.startswith(f"{kind}/") and name.endswith(f".{parts[0]}")):
+            layer = name[len(kind) + 1 : -len(parts[0]) - 1]
+            stored = [f"{kind}/{layer}.{part}" for part in parts]
+            found[layer] = [file.get_tensor(one) for one in stored if one in names]
+    if not found:
+        raise ValueError(f"{path} has no {kind}: run `python -m orca_rank stage=measure` with {option}")
+    return found
 
 
 def _root(tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from orca_rank.measuring.records import Layer
 from orca_rank.ranks.apply import apply
 from orca_rank.ranks.controls import only, recommended
+from orca_rank.ranks.gora import gora
 from orca_rank.ranks.group import averaged
 from orca_rank.ranks.plan import Budget, RankPlan
 from orca_rank.ranks.posterior import posterior
@@ -19,7 +20,7 @@ from orca_rank.ranks.rules import (
     stable_rank,
     uniform,
 )
-from orca_rank.ranks.spectral import activation, gradient, ot_map
+from orca_rank.ranks.spectral import activation, gradient, ot_map, whitened_gradient
 from orca_rank.ranks.theory import theory
 from orca_rank.ranks.trained import trained
 
@@ -36,6 +37,7 @@ __all__ = [
     "fisher",
     "from_file",
     "gelora",
+    "gora",
     "gradient",
     "ibp_count",
     "ibp_stick",
@@ -51,6 +53,7 @@ __all__ = [
     "theory",
     "trained",
     "uniform",
+    "whitened_gradient",
 ]
 
 # The rules that need nothing but layers and a budget, by name.
@@ -64,11 +67,13 @@ RULES = {
         inverse,
         ot_map,
         gradient,
+        whitened_gradient,
         activation,
         stable_rank,
         importance,
         fisher,
         gelora,
+        gora,
         ibp_count,
         ibp_stick,
         beta_bernoulli,

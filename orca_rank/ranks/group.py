@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from orca_rank.measuring.hidden import block_of
 from orca_rank.measuring.records import Dimension, Gap, Layer, WeightRank
 
 BY = ("block", "stage", "module")
@@ -46,10 +47,12 @@ def averaged(layers: Sequence[Layer], by: str | None) -> list[Layer]:
 def _group(name: str, by: str) -> str:
     if by == "module":
         return re.sub(r"^(layers\.\d+\.)?(blocks\.\d+\.)?", "", name)
-    found = re.match(r"(.*\b)?blocks\.\d+(?=\.)" if by == "block" else r"layers\.\d+(?=\.)", name)
-    if found is None and by == "stage":
+    if by == "block":
+        return block_of(name) or name
+    found = re.match(r"layers\.\d+(?=\.)", name)
+    if found is None:
         raise ValueError(f"layers.group=stage needs a model with stages (layers.<s>, as a Swin); {name} stands in none")
-    return name if found is None else found.group()
+    return found.group()
 
 
 def _shared(members: Sequence[Layer]) -> Layer:

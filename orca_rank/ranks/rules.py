@@ -161,8 +161,9 @@ def fisher(layers: Sequence[LayerLike], budget: Budget | None = None, *, gamma: 
 
 
 def gelora(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPlan:
-    """r_i = max(d_{i+1} − d_i, 0) + 1 with d_i, d_{i+1} the intrinsic dimensions (TwoNN) of the target data at the
-    layer's input and output (GeLoRA, arXiv 2412.09250). With a budget: in proportion to it; without: rounded up."""
+    """r_i = max(d_{i+1} − d_i, 0) + 1 with d_i, d_{i+1} the intrinsic dimensions (TwoNN) of the target's hidden states
+    before and after the layer's block, the same for all layers of a block (GeLoRA, arXiv 2412.09250). With a budget: in
+    proportion to it; without: rounded up."""
     records = as_layers(layers)
     found = read_all(records, "gelora", "intrinsic_dimension", lambda layer: layer.intrinsic_dimension)
     weights = np.array([max(one.output - one.input, 0.0) + 1 for one in found])

@@ -38,6 +38,40 @@ def gradient(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankP
     return _above_null(records, budget, "gradient", _spectra(records, "gradient"), [1.0] * len(records))
 
 
+def whitened_gradient(layers: Sequence[LayerLike], budget: Budget | None = None, *, least: int = 1) -> RankPlan:
+    """Rank from the gradient of the target loss in whitened coordinates, Σ_δ^{-1/2} G Σ_x^{-1/2}.
+
+    As `gradient`, but a unit counts by a squared correlation between inputs and gradients at the outputs, so that
+    layers of large inputs or steep outputs have no more weight than others. Measured through a predictor that has
+    learned (measure.fitted) it says what the layer lacks; through one of random weights it says little.
+
+    Args:
+        least: ranks of every layer, whatever stands above its null; 0 lets layers go without an adapter.
+
+    Raises:
+        ValueError: if `least` is no whole number >= 0, or more than the budget affords.
+    """
+    if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+        raise ValueError(f"rank.least must be a whole number of at least 0, received {least!r}")
+    records, name = as_layers(layers), "whitened_gradient"
+    spectra = _spectra(records, name)
+    options = {"least": least}
+    if budget is None:
+        found = _above_null(records, None, name, spectra, []).ranks
+        ranks = {layer.name: max(found[layer.name], min(least, layer.full_rank)) for layer in records}
+        return RankPlan(ranks, name, None, options)
+    floor = sum(min(least, one.full_rank) * cost for one, cost in zip(records, budget.unit_costs(records), strict=True))
+    if floor > budget.allowed(records):
+        raise ValueError(
+            f"rank={name} gives every layer rank {least}, which spends {floor} of a budget of "
+            f"{budget.allowed(records)}: raise the budget, or set rank.least=0"
+        )
+    r_min = max(budget.r_min, least) if budget.r_max is None else min(max(budget.r_min, least), budget.r_max)
+    bounded = replace(budget, r_min=r_min)
+    plan = _above_null(records, bounded, name, spectra, [1.0] * len(records))
+    return replace(plan, budget=budget, options=options)
+
+
 def activation(layers: Sequence[LayerLike], budget: Budget | None = None, *, rho: float = 2.0) -> RankPlan:
     """EVA (Paischer et al., arXiv 2410.07170): explained-variance ratios of the target's inputs, pooled over layers,
     the largest taken until the budget is spent.

@@ -25,6 +25,7 @@ _DISTANCES = {"otdd": "OTDD, full squared cost", "mmd": "MMD², unbiased", "slic
 _SPECTRA = {
     "ot_map": "What the optimal-transport map asks of the weight: singular values of W(T − I)Σ^½",
     "gradient": "The target loss's gradient at the start: singular values",
+    "whitened_gradient": "The same gradient in whitened coordinates, Σ_δ^-½ G Σ_x^-½: singular values",
     "activation": "The target's inputs: singular values",
 }
 

@@ -40,6 +40,7 @@ def go_on_from(model: OrcaModel, folder: Path, task: Task, weights: str, trust: 
     found = adapters(before.model.body)
     for name, adapter in adapters(model.body).items():
         own = found.get(name)
+        adapter.lora_B.zero_()  # where its own start is not at ΔW = 0
         if own is None:  # a rank of 0 there
             continue
         a, b = _product(own, adapter.rank)

@@ -41,6 +41,7 @@ from orca_rank.stages.tracking import job_of, predictions_of, show_in
 from orca_rank.stages.trainable import (
     DIRECTIONS,
     METHODS,
+    TAKEN,
     adapter_module,
     audit,
     count_parameters,
@@ -282,7 +283,7 @@ def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any
     module = config.adapter.get("module") or {}
     if module.get("concentration") == "gaps" or (plan is not None and plan.measurement):
         inputs.append(measured / "layers.json")
-    if adapter is not None and "directions" in adapter:
+    if adapter is not None and not adapter.keys().isdisjoint(TAKEN):
         inputs.append(measured / DIRECTIONS)
     return inputs
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,6 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
@@ -21,16 +20,17 @@ from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished, tidy
 from orca_rank.backbone import OrcaModel, create_model
 from orca_rank.build import build
-from orca_rank.data import Data, count
+from orca_rank.data import Data
 from orca_rank.data.module import InMemory
 from orca_rank.measuring.activations import Inputs, module_of
-from orca_rank.measuring.gradients import Gradients, collect_gradients
-from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements, placeholder, take_side
-from orca_rank.measuring.matrices import adaptable_layers, matrix_of
+from orca_rank.measuring.gradients import Gradients
+from orca_rank.measuring.layers import Side, agreement, layer_gaps, measurements, placeholder
+from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.measuring.options import GRADIENTS, VARIANTS, GapOptions
 from orca_rank.measuring.records import Gap, Layer
 from orca_rank.options import whole
 from orca_rank.stages.layer_table import gap_table, nulls
+from orca_rank.stages.passing import Pass, labelled
 from orca_rank.stages.planning import gap_options, make_plan, read_layers
 from orca_rank.stages.setup import (
     aligned_embedder,
@@ -61,7 +61,7 @@ def check_options(config: DictConfig) -> GapOptions:
     check_model(config)
     whole("align.clusters", config.align.clusters)
     options = gap_options(config.gap)
-    options.check_unlabelled([name for name, node in _nodes(config).items() if not _labelled(build(node))])
+    options.check_unlabelled([name for name, node in _nodes(config).items() if not labelled(build(node))])
     make_plan(config, [placeholder(options, layer) for layer in bare_layers(config)[1]])
     return options
 
@@ -107,58 +107,6 @@ def run(config: DictConfig) -> None:
     console.print(f"written to {path}; stage=plan shows the ranks that follow", soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """How images pass through a model: their number, the k of their classes where targets are fields, seed, device."""
-
-    samples: int
-    clusters: int
-    seed: int
-    device: torch.device
-    progress: Progress
-
-    def side(self, model: OrcaModel, data: Data, watched: Sequence[str], tokens: int, name: str) -> Side:
-        """Images through embedder and body: what reaches every watched module, `tokens` of it for spectra."""
-        model, loader, samples = self._ready(model, data)
-        modules = {module: model.body.get_submodule(module) for module in watched}
-        return take_side(
-            lambda x: model.body(model.embedder(x)),
-            modules,
-            loader,
-            samples,
-            self.clusters,
-            tokens=tokens,
-            seed=self.seed,
-            device=self.device,
-            advance=self.bar(f"images: {name}", samples),
-        )
-
-    def gradients(self, model: OrcaModel, data: Data, watched: Sequence[str], draws: int) -> dict[str, Gradients]:
-        """The target's loss at the start of fine-tuning, backward to every watched module."""
-        model, loader, samples = self._ready(model, data)
-        return collect_gradients(
-            model.embedder,
-            model.head,
-            data.task.loss,
-            {module: matrix_of(model.body, module) for module in watched},
-            loader,
-            samples,
-            draws=draws,
-            seed=self.seed,
-            device=self.device,
-            advance=self.bar("gradients", samples),
-        )
-
-    def bar(self, name: str, total: int) -> Callable[..., None]:
-        task = self.progress.add_task(name, total=total)
-        return lambda steps=1: self.progress.advance(task, steps)
-
-    def _ready(self, model: OrcaModel, data: Data) -> tuple[OrcaModel, DataLoader[Any], int]:
-        seed_everything(self.seed)  # the order of the images, whatever ran before
-        loader = data.train_dataloader() if _labelled(data) else cast(InMemory, data).loader("all", shuffle=True)
-        return model.eval().to(self.device), loader, min(self.samples, count(loader))
-
-
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
     seed = int(config.seed)
     seed_everything(seed)
@@ -198,11 +146,22 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
         if options.asks(*GRADIENTS):
             through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
             gradients = unfinished.part(
-                "gradients", passing.gradients, through, sets["target"], watched, options.sign_draws
+                "gradients",
+                passing.gradients,
+                through,
+                sets["target"],
+                watched,
+                options.sign_draws,
+                options.asks("whitened_gradient"),
             )
+        dimensions = {}
+        if options.asks("intrinsic_dimension"):
+            dimensions = unfinished.part("hidden", passing.hidden, model, sets["target"], watched)
         found = gaps("target", target)
         bar = passing.bar("spectra", len(layers))
-        measured, directions = measurements(options, seed, layers, modules, model.body, source, target, gradients, bar)
+        measured, directions = measurements(
+            options, seed, layers, modules, model.body, source, target, gradients, dimensions, bar
+        )
         measured = [replace(layer, gap=found[modules[layer.name]]) for layer in measured]
         for key in nodes:
             if not key.startswith("compare/"):
@@ -231,13 +190,9 @@ def _nodes(config: DictConfig) -> dict[str, DictConfig]:
     return {"source": config.source, "target": config.data, **compared}
 
 
-def _labelled(data: Data) -> bool:
-    return getattr(data, "labelled", True)
-
-
 def _task(data: Data) -> Task:
     """The task of the data; without targets, one of their shape whose predictor nothing passes through."""
-    if _labelled(data):
+    if labelled(data):
         return data.task
     x, _ = next(iter(cast(InMemory, data).loader("all")))
     channels, height, width = x.shape[1:]
@@ -283,7 +238,7 @@ def _ready(node: DictConfig, batch_size: int | None) -> Data:
     """A data module, ready for its training loader, with this batch size where it has one."""
     options: dict[str, Any] = {} if batch_size is None or "batch_size" not in node else {"batch_size": batch_size}
     data: Data = build(node, **options)
-    return ready(node, **options) if _labelled(data) else data
+    return ready(node, **options) if labelled(data) else data
 
 
 def _print(layers: Sequence[Layer]) -> None:

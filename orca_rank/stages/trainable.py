@@ -12,13 +12,14 @@ from torch import nn
 from orca_rank.adapters import inject, probe
 from orca_rank.backbone import OrcaModel
 from orca_rank.build import build
-from orca_rank.measuring.spectra import load_directions
+from orca_rank.measuring.spectra import load_directions, load_gradients
 from orca_rank.options import one_of
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.ranks.ibp import concentration
 from orca_rank.ranks.rules import gap_values
 
 DIRECTIONS = "directions.safetensors"
+TAKEN = ("directions", "gradients")  # options that hold what stage=measure stored
 METHODS = ("inject", "full", "norm", "probe")
 
 
@@ -29,7 +30,8 @@ def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured
         adapter: its config as plain values. layers: with their measurements. measured: the folder of stage=measure.
 
     `concentration: gaps` becomes each layer's α_i = mean · (D_i / D̄)^γ of the IBP prior (adapter.prior), and
-    `init: directions` reads the leading directions that the measurement adapter.directions found.
+    `init: directions` reads the leading directions that the measurement adapter.directions found, `init: gora` the mean
+    gradients.
 
     Raises:
         ValueError: if the layers carry no such gap, or no such directions were stored. FileNotFoundError: if none were.
@@ -42,14 +44,16 @@ def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured
         module["concentration"] = {layer.name: float(a) for layer, a in zip(layers, alphas, strict=True)}
     if module.get("init") == "directions":
         module["directions"] = load_directions(measured / DIRECTIONS, adapter["directions"])
+    if module.get("init") == "gora":
+        module["gradients"] = load_gradients(measured / DIRECTIONS)
     return module
 
 
 def rebuilt(module: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter's module config where its first values do not matter, as for loading: no directions need
-    to be at hand."""
-    module = {name: value for name, value in module.items() if name != "directions"}
-    return {**module, "init": "kaiming"} if module.get("init") == "directions" else module
+    """The adapter's module config where its first values do not matter, as for loading: nothing that
+    was measured needs to be at hand."""
+    module = {name: value for name, value in module.items() if name not in TAKEN}
+    return {**module, "init": "kaiming"} if module.get("init") in ("directions", "gora") else module
 
 
 def make_trainable(
