@@ -58,7 +58,7 @@ ALIGN = [
     ("align.decay.every=0", "align.decay.every=0"),
     ("align.patience=-1", "align.patience=-1"),
     ("align.batch_size=0", "align.batch_size=0"),
-    ("align.curriculum.start=2", r"align.curriculum.start=2: expected a number in \[0, 1\]"),
+    ("align.random_tokens.start=2", r"align.random_tokens.start=2: expected a number in \[0, 1\]"),
     ("align.clusters=0", "align.clusters=0"),
     ("align.held_out.resamples=-1", "align.held_out.resamples=-1"),
     ("align.optimizer.lr=nan", "align.optimizer.lr=nan"),

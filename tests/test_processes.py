@@ -328,7 +328,14 @@ def same_results(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [("lora",), ("dylora", "finetune.accumulate=2", "finetune.clip=0.5")])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ("lora",),
+        ("dylora", "finetune.accumulate=2", "finetune.clip=0.5"),
+        ("lora", "finetune/curriculum=pare", "finetune.curriculum.drawn=0.5"),
+    ],
+)
 def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     options = (f"adapter={adapter[0]}", "finetune.epochs=4", *adapter[1:])
     one = composed(*OPTIONS, *options, "run=one")
