@@ -32,6 +32,7 @@ FINETUNE = [
     ("finetune.epochs=null", "finetune.epochs=null"),
     ("finetune.accumulate=0", "finetune.accumulate=0"),
     ("finetune.accumulate=-2", "finetune.accumulate=-2"),
+    ("finetune.reduction=max", "finetune.reduction=max: expected mean, sum or batches"),
     ("finetune.clip=-1", "finetune.clip=-1: expected a number above 0 or null"),
     ("finetune.patience=-1", "finetune.patience=-1"),
     ("finetune.ema=1", r"finetune.ema=1: expected a number in \(0, 1\)"),

@@ -22,6 +22,8 @@ from orca_rank.training.pare import PaRe, PareOptions, Place
 from orca_rank.training.schedule import SCHEDULES, Schedule
 from orca_rank.training.stochastic_depth import SharedPaths
 
+REDUCTIONS = ("mean", "sum", "batches")
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -33,6 +35,7 @@ class FinetuneOptions:
 
     epochs: int
     accumulate: int = 1
+    reduction: str = "mean"
     clip: float | None = None
     schedule: str = "linear"
     warmup: float = 0.05
@@ -48,6 +51,7 @@ class FinetuneOptions:
     def __post_init__(self) -> None:
         whole("finetune.epochs", self.epochs)
         whole("finetune.accumulate", self.accumulate)
+        one_of("finetune.reduction", self.reduction, REDUCTIONS)
         number("finetune.clip", self.clip, above=0, null=True)
         one_of("finetune.schedule", self.schedule, SCHEDULES)
         number("finetune.warmup", self.warmup, least=0, most=1)
@@ -151,17 +155,20 @@ class FineTune(L.LightningModule):
 
         Lightning divides what a step returns by the batches of an optimiser step, of which an epoch's last may have
         fewer, and averages over the processes. With these factors the gradient of an optimiser step is that of the
-        mean over all samples that it sees, each counting the same.
+        mean over all samples that it sees, each counting the same; with finetune.reduction=sum of the sum over them,
+        with batches of the sum of its batches' means.
         """
         accumulate, (rank, size, _) = self.trainer.accumulate_grad_batches, world()
         sizes, batches = sizes_of(self.trainer.train_dataloader), int(self.trainer.num_training_batches)
         if sizes is None:  # batches of a loader of the user's own count the same
             start = batch_index - batch_index % accumulate
-            factor = accumulate / (min(start + accumulate, batches) - start)
-            return samples, factor, factor
+            among = min(start + accumulate, batches) - start
+            divisor = {"mean": among, "sum": 1 / samples, "batches": 1}[self.options.reduction]
+            return samples, accumulate / divisor, accumulate / among
         own = sizes.own(batch_index, rank, size)
         total, among = sizes.window(batch_index, batches, accumulate)
-        return own, accumulate * size * own / total, accumulate / among
+        divisor = {"mean": total, "sum": 1, "batches": sizes.batch(batch_index)}[self.options.reduction]
+        return own, accumulate * size * own / divisor, accumulate / among
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
