@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_the_same(
     composed: Compose, schedule: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (*TINY, f"align.schedule={schedule}", "align.batch_size=20", "align.samples_per_class=3",
-               "align.curriculum.start=0.3", "align.curriculum.pool=4")  # fmt: skip
+               "align.random_tokens.start=0.3", "align.random_tokens.pool=4")  # fmt: skip
     whole = composed(*options, "run=whole")
     align.run(whole)
 
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_saves_its_batch(
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("align.schedule=sgd", "orca or batch"), ("align.curriculum.start=2", r"\[0, 1\]"),
+    ("option", "message"), [("align.schedule=sgd", "orca or batch"), ("align.random_tokens.start=2", r"\[0, 1\]"),
                             ("align.clusters=0", "clusters")]
 )  # fmt: skip
 def test_bad_options_are_named(composed: Compose, option: str, message: str) -> None:
@@ -157,8 +157,8 @@ def test_orca_batches_hold_one_class_each_and_weigh_to_one() -> None:
     assert len(orders) > 1
 
 
-def test_curriculum_falls_to_nothing() -> None:
-    shares = [training.Curriculum(0.8, 0.5, pool=1).fraction(epoch, 8) for epoch in range(8)]
+def test_the_share_of_random_tokens_falls_to_nothing() -> None:
+    shares = [training.RandomTokens(0.8, 0.5, pool=1).fraction(epoch, 8) for epoch in range(8)]
     assert shares == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0])
 
 

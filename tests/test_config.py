@@ -68,6 +68,12 @@ def test_every_option_composes_and_builds(
         assert build(target, **(SOURCE if objective else extra)) is not None
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "finetune" / "curriculum").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_curriculum_is_read(composed: Callable[..., DictConfig], path: Path) -> None:
+    options = finetune.check_options(composed(f"finetune/curriculum={path.stem}")).curriculum
+    assert options is not None and options.name == path.stem
+
+
 def test_there_are_options_to_test() -> None:
     groups = {group for group, _ in OPTIONS}
     assert groups >= {"stage", "data", "source", "backbone", "align", "gap", "rank", "adapter", "trainer", "logger"}
@@ -97,6 +103,8 @@ def test_every_experiment_runs_one_tiny_step(
     options += small_data(composed(f"experiment={experiment}"), tmp_path)
     if composed(*options).adapter.method == "inject":
         options += ["rank=uniform", "rank.r=2"]
+    if composed(*options).finetune.curriculum is not None:
+        options += ["source=digits", "source.train_limit=16"]
     config = composed(*options)
     finetune.run(config)
     (path,) = (Path(config.paths.runs) / config.run / "finetune").glob("*/metrics.json")

@@ -11,7 +11,7 @@ import torch
 from shared import apart
 from torch import Tensor
 
-from orca_rank.distances import MovingBandwidth, energy_distance, mmd
+from orca_rank.distances import MovingBandwidth, energy_distance, mmd, objectives
 
 REFERENCE = Path(__file__).parent / "reference" / "mmd_orca_n64_d16"
 
@@ -44,6 +44,35 @@ def test_orca_value_and_gradient() -> None:
     assert apart(y.grad, arrays["grad_target"]) < 1e-10
     unbiased = mmd(x, y, bandwidth="mean", kernels=5).item()
     assert unbiased == pytest.approx(values["unbiased_same_bandwidth"], rel=1e-12)
+
+
+def test_the_objective_with_a_pooled_bandwidth_is_orcas() -> None:
+    """On the source features that ORCA drew, its value and gradient; on others, the definition of both."""
+    with np.load(REFERENCE.with_suffix(".npz")) as stream:
+        arrays = {name: torch.tensor(value) for name, value in stream.items()}
+    source, y = arrays["source"][arrays["idx"]], arrays["target"].requires_grad_()
+    labels = torch.zeros(len(source), dtype=torch.long), torch.zeros(len(y), dtype=torch.long)
+    value = objectives.MMD(source, labels[0], bandwidth="pooled")(y, labels[1])
+    value.backward()
+    expected = json.loads(REFERENCE.with_suffix(".json").read_text())["orca_value"]
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert apart(y.grad, arrays["grad_target"]) < 1e-10
+
+    x, y = samples()
+    labels = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(y), dtype=torch.long)
+    pooled = float(torch.pdist(torch.cat([x, y])).square().mean())
+    near = float(torch.pdist(x).square().mean())
+    for bandwidth, h in (("pooled", pooled), (None, near * (len(x) - 1) * 2 / (2 * len(x) - 1)), (3.0, 3.0)):
+        objective = objectives.MMD(x, labels[0], kernels=3, bandwidth=bandwidth)
+        wanted = by_definition(x, y, [h / 2, h, 2 * h], unbiased=False)
+        assert objective(y, labels[1]).item() == pytest.approx(wanted, rel=1e-9)
+    y = (y + 100).requires_grad_()
+    for bandwidth, feels in (("pooled", True), (None, False)):  # of a target this far, where narrow kernels are 0
+        (pull,) = torch.autograd.grad(objectives.MMD(x, labels[0], bandwidth=bandwidth)(y, labels[1]), y)
+        assert (float(pull.mean(0).norm()) > 1e-6) == feels
+    for bandwidth in ("mean", 0.0, -1.0, True):
+        with pytest.raises(ValueError, match=rf"bandwidth={bandwidth}: expected a positive number"):
+            objectives.MMD(x, labels[0], bandwidth=bandwidth)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])

@@ -31,7 +31,7 @@ from orca_rank.data.shares import Shares, Sizes, share, sizes_of
 from orca_rank.processes import World
 from orca_rank.stages import align, evidence, finetune
 from orca_rank.stages.trainer import processes_of
-from orca_rank.training.finetune import FineTune
+from orca_rank.training.finetune import REDUCTIONS, FineTune, FinetuneOptions
 from orca_rank.training.stochastic_depth import SharedPaths
 
 Compose = Callable[..., DictConfig]
@@ -85,11 +85,13 @@ def test_one_process_keeps_its_loader_and_unknown_batches_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("count", "accumulate"), [(19, 1), (17, 1), (19, 2), (25, 3), (16, 3)])
 def test_every_sample_of_a_step_weighs_the_same(
-    monkeypatch: pytest.MonkeyPatch, size: int, count: int, accumulate: int
+    monkeypatch: pytest.MonkeyPatch, size: int, count: int, accumulate: int, reduction: str
 ) -> None:
-    """Lightning divides by the batches of a step and averages over processes; of loss_i = i the mean is left."""
+    """Lightning divides by the batches of a step and averages over processes; of loss_i = i the mean is left, or the
+    sum, or the sum of the batches' means."""
     sizes = Sizes(count, 8)
     batches = -(-count // 8)
     found: dict[int, float] = {}
@@ -101,24 +103,29 @@ def test_every_sample_of_a_step_weighs_the_same(
         trainer = SimpleNamespace(
             accumulate_grad_batches=accumulate, num_training_batches=batches, train_dataloader=loader
         )
+        module: Any = SimpleNamespace(trainer=trainer, options=FinetuneOptions(1, reduction=reduction))
         for index, (values,) in enumerate(loader):
-            own, weight, once = FineTune._weights(SimpleNamespace(trainer=trainer), index, len(values))  # type: ignore[arg-type]
+            own, weight, once = FineTune._weights(module, index, len(values))
             assert own == sizes.own(index, rank, size)
             step = index // accumulate
             found[step] = found.get(step, 0.0) + weight * float(values.double().mean()) / accumulate / size
             terms[step] = terms.get(step, 0.0) + once / accumulate / size
     for step, value in found.items():
         seen = torch.arange(count, dtype=torch.float64)[step * accumulate * 8 :][: accumulate * 8]
-        assert value == pytest.approx(float(seen.mean()))
+        means = torch.stack([part.mean() for part in seen.split(8)])
+        assert value == pytest.approx(
+            float({"mean": seen.mean(), "sum": seen.sum(), "batches": means.sum()}[reduction])
+        )
         assert terms[step] == pytest.approx(1.0)
     assert len(found) == -(-batches // accumulate)
 
 
 def test_batches_of_unknown_size_count_the_same() -> None:
     trainer = SimpleNamespace(accumulate_grad_batches=3, num_training_batches=5, train_dataloader=[])
-    step = SimpleNamespace(trainer=trainer)
-    assert FineTune._weights(step, 1, 4) == (4, 1.0, 1.0)  # type: ignore[arg-type]
-    assert FineTune._weights(step, 4, 4) == (4, 1.5, 1.5)  # type: ignore[arg-type]
+    for reduction, weights in (("mean", (1.0, 1.5)), ("sum", (12.0, 12.0)), ("batches", (3.0, 3.0))):
+        step: Any = SimpleNamespace(trainer=trainer, options=FinetuneOptions(1, reduction=reduction))
+        assert FineTune._weights(step, 1, 4) == (4, weights[0], 1.0)
+        assert FineTune._weights(step, 4, 4) == (4, weights[1], 1.5)
 
 
 def test_the_same_samples_skip_the_same_blocks_as_in_one_process() -> None:
@@ -328,7 +335,14 @@ def same_results(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", [("lora",), ("dylora", "finetune.accumulate=2", "finetune.clip=0.5")])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ("lora",),
+        ("dylora", "finetune.accumulate=2", "finetune.clip=0.5"),
+        ("lora", "finetune/curriculum=pare", "finetune.curriculum.drawn=0.5"),
+    ],
+)
 def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapter: tuple[str, ...]) -> None:
     options = (f"adapter={adapter[0]}", "finetune.epochs=4", *adapter[1:])
     one = composed(*OPTIONS, *options, "run=one")

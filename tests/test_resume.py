@@ -183,6 +183,20 @@ def test_averaged_weights_are_gone_on_with(
     assert same(broken, uninterrupted(*options))
 
 
+@pytest.mark.parametrize("epoch", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_curriculum_is_gone_on_with(
+    composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None], epoch: int
+) -> None:
+    """While its gate learns, and when it rests: its weights and moments, the source's order and the noise."""
+    options = (*TINY, "finetune/curriculum=pare", "finetune.curriculum.drawn=0.75", "finetune.curriculum.weight=1")
+    broken = composed(*options, "run=broken")
+    dies(broken, epoch)
+    kept = torch.load(folder(broken) / "last.ckpt", weights_only=True)
+    assert {"curriculum.parts.gate.weight", "curriculum.parts.head.bias"} <= set(kept["state_dict"])
+    finetune.run(broken)
+    assert same(broken, uninterrupted(*options))
+
+
 @pytest.mark.slow
 def test_a_moved_folder_goes_on_from_its_own_files(
     composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None]

@@ -13,7 +13,7 @@ from orca_rank.api.batches import gathered
 from orca_rank.api.measure import as_found, device_of
 from orca_rank.distances import objectives
 from orca_rank.measuring.classes import Labeller
-from orca_rank.training.align import AlignOptions, Curriculum, Decay, HeldOut, Objective
+from orca_rank.training.align import AlignOptions, Decay, HeldOut, Objective, RandomTokens
 from orca_rank.training.alone import train_embedder
 from orca_rank.training.features import Source, token_mean
 from orca_rank.training.held_out import compare
@@ -72,7 +72,7 @@ def align(
     settings = AlignOptions(
         schedule=schedule, epochs=epochs, samples_per_class=samples_per_class, batch_size=batch_size,
         source_samples=source_samples, clusters=clusters, decay=Decay(20, 0.2), patience=None, min_delta=0.0,
-        curriculum=Curriculum(0.0, 0.5, 1), held_out=HeldOut(256, resamples),
+        random_tokens=RandomTokens(0.0, 0.5, 1), held_out=HeldOut(256, resamples),
     )  # fmt: skip
     if isinstance(objective, str) and objective not in OBJECTIVES:
         raise ValueError(f"there is no objective {objective!r}; there are {', '.join(OBJECTIVES)}")

@@ -32,6 +32,16 @@ class OrcaModel(nn.Module):
         reads = getattr(self.predictor, "reads", None)
         return self.predictor(self.body(tokens) if reads is None else self.maps(tokens, reads))
 
+    def output_and_last(self, tokens: Float[Tensor, "b ... d"]) -> tuple[Tensor, Float[Tensor, "b _h _w _d"]]:
+        """`head`, and the last stage's map from the same pass."""
+        reads = getattr(self.predictor, "reads", None)
+        if reads is not None:
+            *maps, last = self.maps(tokens, [*reads, -1])
+            return self.predictor(maps), last
+        whole, name = self.body(tokens), str(feature_info(self.body)[-1]["module"])
+        size: Any = self.embedder.image_size
+        return self.predictor(whole), maps_of(self.body, {name: whole}, [name], size)[0]
+
     def maps(self, tokens: Float[Tensor, "b ... d"], reads: Sequence[int]) -> list[Float[Tensor, "b _h _w _d"]]:
         """Feature maps of the stages `reads`. Those before the last are watched for this call, so the body keeps its
         names, its adapters and its own forward pass."""

@@ -46,25 +46,42 @@ class OTDD:
 
 
 class MMD:
-    """Biased multi-kernel MMD² (see `mmd`) with a fixed bandwidth: mean squared distance within the source.
+    """Biased multi-kernel MMD² (see `mmd`).
 
     Args:
-        source: (n, d). label: not used. kernels: bandwidths a factor 2 apart. bandwidth: a number, or null.
+        source: (n, d). label: not used. kernels: bandwidths a factor 2 apart. bandwidth: a squared distance, null for
+            the mean one within the source, or "pooled" for that of source and target together, new in every step and
+            a constant in its gradient, as ORCA's: it pulls a target from however far. ORCA compares with as many source
+            features as there are target ones, drawn anew in every step; here it is always with all.
+
+    Raises:
+        ValueError: for another bandwidth.
     """
 
-    def __init__(self, source: Features, label: Labels, kernels: int = 5, bandwidth: float | None = None) -> None:
-        self.source = points(source)
-        self.kernels = kernels
-        self.bandwidth = bandwidth or bandwidth_of(self.source, self.source, "mean")
-        n, radial = len(source), gaussian_radial(self.bandwidth, kernels)
-        self.own = (pair_sum(self.source, None, radial) + n * kernels) / n**2
+    def __init__(self, source: Features, label: Labels, kernels: int = 5, bandwidth: float | str | None = None) -> None:
+        self.source, self.kernels = points(source), kernels
+        self.bandwidth = self._fixed(bandwidth)
+        self.own = None if self.bandwidth is None else self._within(self.source, self.bandwidth)
+
+    def _fixed(self, bandwidth: float | str | None) -> float | None:
+        if bandwidth == "pooled":
+            return None
+        if bandwidth is None:
+            return bandwidth_of(self.source, self.source, "mean")
+        if isinstance(bandwidth, bool | str) or not bandwidth > 0:
+            raise ValueError(f"bandwidth={bandwidth}: expected a positive number (a squared distance), pooled or null")
+        return float(bandwidth)
+
+    def _within(self, z: Features, h: float) -> Float[Tensor, ""]:
+        """The mean kernel of all pairs, those of a point with itself among them."""
+        return (pair_sum(z, None, gaussian_radial(h, self.kernels)) + len(z) * self.kernels) / len(z) ** 2
 
     @full_precision
     def __call__(self, target: Features, label: Labels) -> Float[Tensor, ""]:
         x, y = pair(self.source, target)
-        m, radial = len(y), gaussian_radial(self.bandwidth, self.kernels)
-        within = (pair_sum(y, None, radial) + m * self.kernels) / m**2
-        return self.own + within - 2 * pair_sum(x, y, radial) / (len(x) * m)
+        h = bandwidth_of(x, y, "mean") if self.bandwidth is None else self.bandwidth
+        own = self._within(x, h) if self.own is None else self.own
+        return own + self._within(y, h) - 2 * pair_sum(x, y, gaussian_radial(h, self.kernels)) / (len(x) * len(y))
 
 
 class Sliced:

@@ -192,7 +192,7 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
     comes embedded needs none.
     """
     options = config.align
-    pool = int(options.curriculum.pool) if options.curriculum.start > 0 else 0
+    pool = int(options.random_tokens.pool) if options.random_tokens.start > 0 else 0
     backbone = resolve_backbone(config)
     data = build(config.source)
     embedder = source_side(backbone, int(config.seed), data).embedder

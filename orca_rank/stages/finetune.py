@@ -24,6 +24,7 @@ from orca_rank.options import number, one_of, read
 from orca_rank.processes import agreed, first, first_alone, world
 from orca_rank.ranks import RankPlan
 from orca_rank.stages.continued import go_on_from
+from orca_rank.stages.curriculum import check_source, labelled_source, make_curriculum
 from orca_rank.stages.planning import budget_of, layers_of, make_plan
 from orca_rank.stages.setup import (
     MODEL_SECTIONS,
@@ -113,6 +114,7 @@ def check_options(config: DictConfig) -> FinetuneOptions:
     one_of("adapter.method", config.adapter.method, METHODS)
     if config.adapter.method == "inject":
         budget_of(config.budget)
+    check_source(config)
     return read(FinetuneOptions, values, "finetune")
 
 
@@ -125,7 +127,8 @@ def run(config: DictConfig) -> None:
     """
     options = check_options(config)
     folder = stage_folder(config, "finetune") / tag(config)
-    made_from = {**finetune_config(config), "contents": contents(config, "data", "backbone", "rank")}
+    lends = () if options.curriculum is None else ("source",)
+    made_from = {**finetune_config(config), "contents": contents(config, "data", "backbone", "rank", *lends)}
 
     def done() -> bool:
         return agreed(
@@ -148,6 +151,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     shared = partial(share, rank=rank, size=size)
     with first_alone():
         data = ready(config.data)
+        lent = labelled_source(config)
     task = data.task
     model = build_model(config, task)
     weights = weights_hash(model.body)
@@ -164,7 +168,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     if (source := _source(config)) is not None:
         go_on_from(model, source, task, weights, targets(config))
     update = update_of(model.body, layers, injected) if options.keep_update else None
-    counts = count_parameters(model, injected)
+    curriculum = make_curriculum(lent, options, model, task, int(config.seed))
+    counts = count_parameters(model, injected, curriculum)
     if plan is not None:
         adapted = sum(rank > 0 for rank in plan.ranks.values())
         console.print(
@@ -194,7 +199,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         gradient_clip_val=options.clip,
     )
     optimizer, ratio = build(config.finetune.optimizer), config.adapter.get("lr_ratio") or 1.0
-    module = FineTune(model, task, optimizer, options, int(config.seed), ratio)
+    module = FineTune(model, task, optimizer, options, int(config.seed), ratio, curriculum)
     with logged(trainer, made_from):
         fit(
             trainer,
@@ -293,6 +298,8 @@ def finetune_config(config: DictConfig) -> Mapping[str, Any]:
     sections = ["data", "layers", *MODEL_SECTIONS, "predictor", "adapter", "finetune", "trainer"]
     if config.embedder.aligned:
         sections += ["source", "align"]
+    elif config.finetune.curriculum is not None:
+        sections.append("source")
     if config.adapter.method == "inject":
         sections += ["rank", "budget"]
     if config.callbacks:

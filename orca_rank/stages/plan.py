@@ -17,6 +17,7 @@ from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.measuring.layers import placeholder
 from orca_rank.ranks import Layer, RankPlan
+from orca_rank.stages.curriculum import beside
 from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, gap_options, layers_of, make_plan
 from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
@@ -72,7 +73,7 @@ def run(config: DictConfig) -> None:
         embedder=config.embedder.train,
         predictor=not config.predictor.frozen_on_purpose,
     )
-    counts = count_parameters(model, adapters)
+    counts = count_parameters(model, adapters, beside(config, model))
     chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [
         {
@@ -87,6 +88,8 @@ def run(config: DictConfig) -> None:
     made_from = select(
         config, "data", "backbone", "layers", "embedder", "predictor", "adapter", "rank", "budget", "plan"
     )
+    if config.finetune.curriculum is not None:
+        made_from |= {"curriculum": plain(config.finetune.curriculum), **select(config, "source")}
     path = stage_folder(config, "plan") / "plan.json"
     made = plan.to_dict() if plan is not None else {}
     said = {name: made.get(name) for name in ("rule", "budget", "options", "measurement")}

@@ -113,20 +113,22 @@ def probe_adapters(model: OrcaModel, input_shape: Sequence[int]) -> None:
             module.training = training
 
 
-def count_parameters(model: OrcaModel, adapters: bool) -> dict[str, Any]:
+def count_parameters(model: OrcaModel, adapters: bool, beside: nn.Module | None = None) -> dict[str, Any]:
     """Trainable parameters by part, and the total of all parameters.
 
-    `adapter` counts what was injected into the body, `other` what else of the body is trained.
+    `adapter` counts what was injected into the body, `other` what else of the body is trained, and what is trained
+    `beside` the model.
     """
+    also = 0 if beside is None else sum(p.numel() for p in beside.parameters() if p.requires_grad)
     parts = {
         name: sum(p.numel() for p in getattr(model, name).parameters() if p.requires_grad)
         for name in ("embedder", "body", "predictor")
     }
     body = parts.pop("body")
-    parts |= {"adapter": body if adapters else 0, "other": 0 if adapters else body}
+    parts |= {"adapter": body if adapters else 0, "other": also + (0 if adapters else body)}
     return {
         "trainable_parameters": {"total": sum(parts.values()), **parts},
-        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "total_parameters": also + sum(p.numel() for p in model.parameters()),
     }
 
 

@@ -37,8 +37,9 @@ class Decay:
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """Source tokens in place of target tokens at the start of alignment, fewer and fewer.
+class RandomTokens:
+    """Source tokens in place of target tokens at random places at the start of alignment, fewer and fewer: a curriculum
+    of ours. PaRe, which chooses the tokens by a gate and acts in fine-tuning, is `finetune/curriculum=pare`.
 
     Args:
         start: share of the tokens in the first epoch; 0 turns it off. until: share of the epochs after which nothing is
@@ -50,9 +51,9 @@ class Curriculum:
     pool: int
 
     def __post_init__(self) -> None:
-        number("align.curriculum.start", self.start, least=0, most=1)
-        number("align.curriculum.until", self.until, least=0, most=1)
-        whole("align.curriculum.pool", self.pool)
+        number("align.random_tokens.start", self.start, least=0, most=1)
+        number("align.random_tokens.until", self.until, least=0, most=1)
+        whole("align.random_tokens.pool", self.pool)
 
     def fraction(self, epoch: int, epochs: int) -> float:
         """Share of target tokens replaced in an epoch: from `start` linearly to 0 at `until` · epochs."""
@@ -88,7 +89,7 @@ class AlignOptions:
     decay: Decay
     patience: int | None
     min_delta: float
-    curriculum: Curriculum
+    random_tokens: RandomTokens
     held_out: HeldOut
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ class Align(L.LightningModule):
 
     Args:
         embedder: images -> tokens. objective: (features, labels) -> scalar. target: what to align.
-        tokens: (p, T, d) of source images, for the curriculum. optimizer: takes parameters.
+        tokens: (p, T, d) of source images, to replace with. optimizer: takes parameters.
         options: see `AlignOptions`. folder: for the batch of a loss that is not finite. seed: of every order and draw.
     """
 
@@ -157,7 +158,7 @@ class Align(L.LightningModule):
         return DataLoader(self.target.dataset, batch_sampler=own, collate_fn=self.target.collate)
 
     def features(self, x: Tensor, batch_index: int) -> Tensor:
-        """Token means of the whole batch, some target tokens replaced by source tokens at the start of a curriculum;
+        """Token means of the whole batch, some target tokens replaced by source tokens at the start;
         those of other processes without a gradient.
 
         Args:
@@ -165,7 +166,7 @@ class Align(L.LightningModule):
         """
         rank, size, _ = world()
         tokens = self.embedder(x).flatten(1, -2)  # (B, ..., d) -> (B, T, d)
-        fraction = self.options.curriculum.fraction(self.current_epoch, self.options.epochs)
+        fraction = self.options.random_tokens.fraction(self.current_epoch, self.options.epochs)
         replaced = round(fraction * tokens.shape[1])
         if replaced:
             draw = torch.Generator().manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + batch_index)

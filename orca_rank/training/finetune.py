@@ -19,8 +19,11 @@ from orca_rank.processes import world
 from orca_rank.task import Task
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.optimizers import made
+from orca_rank.training.pare import PaRe, PareOptions, Place
 from orca_rank.training.schedule import SCHEDULES, Schedule
 from orca_rank.training.stochastic_depth import SharedPaths
+
+REDUCTIONS = ("mean", "sum", "batches")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class FinetuneOptions:
 
     epochs: int
     accumulate: int = 1
+    reduction: str = "mean"
     clip: float | None = None
     schedule: str = "linear"
     warmup: float = 0.05
@@ -43,10 +47,12 @@ class FinetuneOptions:
     embedder_lr: float | None = None
     keep_update: bool = False
     ema: float | None = None
+    curriculum: PareOptions | None = None
 
     def __post_init__(self) -> None:
         whole("finetune.epochs", self.epochs)
         whole("finetune.accumulate", self.accumulate)
+        one_of("finetune.reduction", self.reduction, REDUCTIONS)
         number("finetune.clip", self.clip, above=0, null=True)
         one_of("finetune.schedule", self.schedule, SCHEDULES)
         number("finetune.warmup", self.warmup, least=0, most=1)
@@ -71,6 +77,7 @@ class FineTune(L.LightningModule):
         model: with exactly the parameters to train set to require gradients. task: loss and metric.
         optimizer: takes parameter groups; its lr is the adapter's, or the body's. options: see `FinetuneOptions`.
         seed: of what adapters draw in each step. lr_ratio: LoRA+'s λ, the learning rate of B over that of A.
+        curriculum: adds a term to the loss, and is trained with the model, at the predictor's learning rate.
     """
 
     def __init__(
@@ -81,14 +88,15 @@ class FineTune(L.LightningModule):
         options: FinetuneOptions,
         seed: int,
         lr_ratio: float = 1.0,
+        curriculum: PaRe | None = None,
     ) -> None:
         super().__init__()
         self.model, self.task, self.make_optimizer, self.options = model, task, optimizer, options
-        self.seed, self.lr_ratio = seed, lr_ratio
+        self.seed, self.lr_ratio, self.curriculum = seed, lr_ratio, curriculum
         self.strict_loading = False  # checkpoints leave out what is frozen
         self.draws = torch.Generator().manual_seed(seed)
         self.steps = adapters.Steps(model.body)
-        self.mean = RunningMean()
+        self.mean, self.mixed = RunningMean(), RunningMean()
         self.scores: dict[str, RunningMean] = {}
         rank, size, _ = world()
         self.paths = SharedPaths(model, rank, size) if size > 1 else None
@@ -116,34 +124,52 @@ class FineTune(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         x, y = batch
-        loss = self.task.loss(self(x), y)
+        own, weight, once = self._weights(batch_index, len(x))
+        if self.curriculum is None:
+            loss = mean = self.task.loss(self(x), y)
+        else:
+            tokens = self.model.embedder(x)
+            mean = self.task.loss(self.model.head(tokens), y)
+            term = self.curriculum(self.model, tokens, y, *self._place(batch_index, len(x)))
+            loss = mean + term
+            self.mixed.add(term, own)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, batch {batch_index}: lower "
                 f"finetune.optimizer.lr or set finetune.clip=1.0"
             )
-        own, weight, once = self._weights(batch_index, len(x))
-        self.mean.add(loss, own)
+        self.mean.add(mean, own)
         if self.trainer.is_last_batch:  # once an epoch: Lightning takes milliseconds for every value it is given
             self.log("train/loss", self.mean.take(), on_step=False, on_epoch=True, batch_size=1, prog_bar=True)
+            if self.curriculum is not None:
+                self.log("train/curriculum", self.mixed.take(), on_step=False, on_epoch=True, batch_size=1)
         return weight * loss + once * self.steps.extra_loss()
+
+    def _place(self, batch_index: int, samples: int) -> tuple[Place, int]:
+        """(where the run is, samples of a full batch), for the curriculum."""
+        (rank, size, _), sizes = world(), sizes_of(self.trainer.train_dataloader)
+        whole = samples if sizes is None else sizes.batch(batch_index)
+        return Place(self.current_epoch, batch_index, whole, rank, size), samples if sizes is None else sizes.batch_size
 
     def _weights(self, batch_index: int, samples: int) -> tuple[int, float, float]:
         """(own samples, factor of the mean loss over them, factor of a term that is no mean over samples).
 
         Lightning divides what a step returns by the batches of an optimiser step, of which an epoch's last may have
         fewer, and averages over the processes. With these factors the gradient of an optimiser step is that of the
-        mean over all samples that it sees, each counting the same.
+        mean over all samples that it sees, each counting the same; with finetune.reduction=sum of the sum over them,
+        with batches of the sum of its batches' means.
         """
         accumulate, (rank, size, _) = self.trainer.accumulate_grad_batches, world()
         sizes, batches = sizes_of(self.trainer.train_dataloader), int(self.trainer.num_training_batches)
         if sizes is None:  # batches of a loader of the user's own count the same
             start = batch_index - batch_index % accumulate
-            factor = accumulate / (min(start + accumulate, batches) - start)
-            return samples, factor, factor
+            among = min(start + accumulate, batches) - start
+            divisor = {"mean": among, "sum": 1 / samples, "batches": 1}[self.options.reduction]
+            return samples, accumulate / divisor, accumulate / among
         own = sizes.own(batch_index, rank, size)
         total, among = sizes.window(batch_index, batches, accumulate)
-        return own, accumulate * size * own / total, accumulate / among
+        divisor = {"mean": total, "sum": 1, "batches": sizes.batch(batch_index)}[self.options.reduction]
+        return own, accumulate * size * own / divisor, accumulate / among
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
@@ -198,11 +224,18 @@ class FineTune(L.LightningModule):
             trained = [p for p in getattr(self.model, name).parameters() if p.requires_grad]
             if trained:
                 groups.append({"name": name, "params": trained, "lr": lr if own is None else own})
+        if self.curriculum is not None:
+            own, trained = rates["predictor"], [p for p in self.curriculum.parameters() if p.requires_grad]
+            groups.append({"name": "curriculum", "params": trained, "lr": lr if own is None else own})
         return groups
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = trained_tensors(self.model)
         checkpoint["state_dict"] = {f"model.{name}": value for name, value in kept.items()}
+        if self.curriculum is not None:
+            trained = [name for name, value in self.curriculum.named_parameters() if value.requires_grad]
+            state = self.curriculum.state_dict()
+            checkpoint["state_dict"] |= {f"curriculum.{name}": state[name] for name in trained}
         checkpoint["steps"] = self.steps.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
