@@ -97,3 +97,12 @@ def test_tensors_and_tables_come_back(tmp_path: Path) -> None:
 def test_keys_depend_on_options_not_on_places() -> None:
     assert provenance.key(OPTIONS) == provenance.key({**OPTIONS, "data": {"root": "/elsewhere"}})
     assert provenance.key(OPTIONS) != provenance.key({**OPTIONS, "align": {"lr": 0.2}})
+
+
+def test_a_result_is_not_of_other_options_for_an_option_that_is_younger() -> None:
+    old, new = {"finetune": {"epochs": 3}}, {"finetune": {"epochs": 3, "reduction": "mean"}}
+    assert not provenance.differences(old, new) and not provenance.differences(new, old)
+    assert provenance.key(old) == provenance.key(new)
+    summed = {"finetune": {"epochs": 3, "reduction": "sum"}}
+    assert provenance.differences(old, summed) == ["finetune.reduction: mean -> sum"]
+    assert provenance.key(old) != provenance.key(summed)

@@ -44,9 +44,8 @@ def command(folder: Path, *options: str) -> subprocess.CompletedProcess:
 def shown_commands() -> list[list[str]]:
     """The options of every `python -m orca_rank ...` in the README and the documentation."""
     text = "\n".join(page.read_text() for page in PAGES)
-    return [
-        match.split("#")[0].split()[3:] for match in re.findall(r"^python -m orca_rank [^`\n]*", text, re.MULTILINE)
-    ]
+    shown = re.findall(r"^python -m orca_rank [^`\n]*", text, re.MULTILINE)
+    return [shlex.split(match.split("#")[0])[3:] for match in shown]
 
 
 # A stage of a user's own in a module beside the command: it fails, or waits, as the test asks.

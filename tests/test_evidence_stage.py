@@ -223,3 +223,14 @@ def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictC
     assert (folder / "digits-aligned-s1" / "align" / "embedder.safetensors").exists()
     with pytest.raises(ValueError, match=r"evidence\.baseline=pissa: must be the arm.*lora, moslora, aligned"):
         evidence.run(composed(*TINY, *arms, "evidence.baseline=pissa"))
+
+
+def test_the_committed_evidence_is_gone_on_with(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """Its rows are of the options of today's experiment: an option that is new says what stands for its absence
+    (`provenance.SINCE`)."""
+    committed = Path(__file__).parents[1] / "evidence"
+    shutil.copytree(committed, tmp_path / "runs", dirs_exist_ok=True)
+    evidence.run(composed("experiment=evidence_small", "evidence.most_points=0"))
+    for name in ("evidence.csv", "claims.json"):
+        place = Path("evidence_small") / "evidence" / name
+        assert (tmp_path / "runs" / place).read_bytes() == (committed / place).read_bytes()

@@ -20,6 +20,14 @@ IGNORED_KEYS = frozenset(
     {"root", "cache", "workers", "num_workers", "device", "enable_progress_bar", "default_root_dir"}
 )
 
+# Options younger than results that lie about, and the value that stands for what was done without them: such results
+# are not of other options.
+SINCE = {
+    "finetune.reduction": "mean",
+    "gap.measurements.mean_gradient": False,
+    "gap.measurements.whitened_gradient": False,
+}
+
 
 def contents_hash(paths: Sequence[Path]) -> str:
     """A short hash of what some files hold, wherever they lie; a file that is not there counts as missing."""
@@ -44,7 +52,7 @@ def select(config: DictConfig, *sections: str) -> dict[str, Any]:
 
 def key(values: Any) -> str:
     """A short stable name of plain values, for caches."""
-    text = json.dumps(_without_ignored(plain(values)), sort_keys=True, default=str)
+    text = json.dumps(_what_counts(plain(values)), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -88,13 +96,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         return [
             line
             for name in names
-            for line in differences(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else str(name))
+            for place in [f"{prefix}.{name}" if prefix else str(name)]
+            for line in differences(old.get(name, SINCE.get(place)), new.get(name, SINCE.get(place)), place)
         ]
     old, new = json.loads(json.dumps(old, default=str)), json.loads(json.dumps(new, default=str))
     return [] if old == new else [f"{prefix}: {old} -> {new}"]
 
 
-def _without_ignored(values: Any) -> Any:
+def _what_counts(values: Any, prefix: str = "") -> Any:
     if isinstance(values, Mapping):
-        return {name: _without_ignored(value) for name, value in values.items() if name not in IGNORED_KEYS}
-    return [_without_ignored(value) for value in values] if isinstance(values, list | tuple) else values
+        places = {name: f"{prefix}.{name}" if prefix else str(name) for name in values}
+        return {
+            name: _what_counts(value, places[name])
+            for name, value in values.items()
+            if name not in IGNORED_KEYS and not (places[name] in SINCE and value == SINCE[places[name]])
+        }
+    return [_what_counts(value, prefix) for value in values] if isinstance(values, list | tuple) else values
