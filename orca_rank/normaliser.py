@@ -44,7 +44,8 @@ class Normaliser:
 
     @classmethod
     def fit(cls, x: Shaped[Tensor, "n c ..."], per: str = "pixel") -> Normaliser:
-        """Mean and standard deviation over the samples of x, in float64, missing values (NaN) aside.
+        """Mean and standard deviation over the samples of x, in float64, missing values (NaN) aside. Of a tensor that
+        stays on disk all rows are read once, and the first ones say what values are scaled by in between.
 
         Args:
             per: "pixel": one of each per pixel, with n − 1 in the denominator as in FNO; "channel": per channel.
@@ -56,14 +57,16 @@ class Normaliser:
             raise ValueError(f"per must be one of {PER}, received {per!r}")
         if len(x) == 0:
             raise ValueError("statistics need at least one sample, received none")
-        low, high = extremes(x, per)
+        once, ends = type(x) is not Tensor, None
+        low, high = extremes(x[: chunk_of(x)] if once else x, per)
         centre, half = low / 2 + high / 2, high / 2 - low / 2  # halved first: their difference may be infinite
         scale = torch.where(half > 0, half, 1.0)
         axes = axes_of(per, x.ndim)
         count = torch.zeros_like(centre)
         mean, squares = torch.zeros_like(centre), torch.zeros_like(centre)
         for part in x.split(chunk_of(x)):  # Chan, Golub and LeVeque (1979): parts joined without cancellation
-            values = (part.double() - centre) / scale  # in [−1, 1]
+            ends = _wider(ends, part, axes) if once else None
+            values = (part.double() - centre) / scale  # in [−1, 1], or near it
             valid = ~values.isnan()
             here = valid.sum(axes, keepdim=True)[0].double()
             part_mean = values.nansum(axes, keepdim=True)[0] / here.clamp_min(1)
@@ -73,10 +76,12 @@ class Normaliser:
             squares += part_squares + step.square() * count * here / total
             mean += step * here / total
             count += here
+        if once:
+            low, high = _known(ends)
         freedom = (count - 1 if per == "pixel" else count).clamp_min(1)
-        varies = half > resolution(x.dtype) * torch.maximum(low.abs(), high.abs())
+        varies = high / 2 - low / 2 > resolution(x.dtype) * torch.maximum(low.abs(), high.abs())
         std = torch.where(varies, (squares / freedom).sqrt() * scale, 0.0)
-        return cls(torch.where(varies, centre + mean * scale, centre), std)
+        return cls(torch.where(varies | once, centre + mean * scale, centre), std)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse samples (C, H, W) that these statistics are not of.
@@ -146,23 +151,35 @@ def axes_of(per: str, ndim: int) -> tuple[int, ...]:
 
 def chunk_of(x: Tensor) -> int:
     """Samples of x to convert to float64 at a time."""
-    return max(1, _CHUNK // max(1, x[0].numel()))
+    return max(1, (_CHUNK if type(x) is Tensor else _CHUNK // 8) // max(1, math.prod(x.shape[1:])))
 
 
 def extremes(x: Shaped[Tensor, "n c ..."], per: str) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per pixel or channel, float64, missing values aside (0 where all are missing)."""
     axes = axes_of(per, x.ndim)
-    low, high = [], []
+    ends: Ends | None = None
     for part in x.split(chunk_of(x)):
-        if part.is_floating_point():
-            low.append(part.nan_to_num(math.inf, math.inf, -math.inf).amin(axes, keepdim=True)[0])
-            high.append(part.nan_to_num(-math.inf, math.inf, -math.inf).amax(axes, keepdim=True)[0])
-        else:
-            low.append(part.amin(axes, keepdim=True)[0])
-            high.append(part.amax(axes, keepdim=True)[0])
-    smallest, largest = torch.stack(low).double().amin(0), torch.stack(high).double().amax(0)
-    known = smallest <= largest
-    return torch.where(known, smallest, 0.0), torch.where(known, largest, 0.0)
+        ends = _wider(ends, part, axes)
+    return _known(ends)
+
+
+Ends = tuple[Tensor, Tensor]
+
+
+def _wider(ends: Ends | None, part: Tensor, axes: tuple[int, ...]) -> Ends:
+    """The smallest and largest values so far, and those of one more part; infinite where all are missing."""
+    low, high = part, part
+    if part.is_floating_point():
+        low, high = part.nan_to_num(math.inf, math.inf, -math.inf), part.nan_to_num(-math.inf, math.inf, -math.inf)
+    low, high = low.amin(axes, keepdim=True)[0].double(), high.amax(axes, keepdim=True)[0].double()
+    return (low, high) if ends is None else (torch.minimum(ends[0], low), torch.maximum(ends[1], high))
+
+
+def _known(ends: Ends | None) -> Ends:
+    if ends is None:
+        raise ValueError("extremes need at least one sample, received none")
+    known = ends[0] <= ends[1]
+    return torch.where(known, ends[0], 0.0), torch.where(known, ends[1], 0.0)
 
 
 def resolution(dtype: torch.dtype) -> float:

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 # Below this share of a typical field's norm a field counts as all zero: its own norm is no scale for an error.
@@ -102,13 +102,19 @@ def _norm(x: Tensor) -> Float[Tensor, " b"]:
     return (flat / scale).norm(dim=1) * scale[:, 0]
 
 
+def norms_of(y: Shaped[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """‖u‖₂ of every field, missing values (NaN) aside, in float64; those that a pass over a file has left, if any."""
+    if (known := getattr(y, "norms", None)) is not None:
+        return known
+    return torch.cat([_norm(part.double().nan_to_num(0.0)) for part in y.split(256)])
+
+
 def typical_norm(y: Float[Tensor, "n c h w"]) -> float:
     """Root mean square of ‖u‖₂ over fields, missing values (NaN) aside."""
-    norms = torch.cat([_norm(part.double().nan_to_num(0.0)) for part in y.split(256)])
+    norms = norms_of(y)
     return float(_norm(norms[None])) / math.sqrt(len(norms))
 
 
 def zero_fields(y: Float[Tensor, "n c h w"], norm: float) -> Int[Tensor, " k"]:
     """Numbers of the fields that are all zero, see `relative_l2`."""
-    norms = torch.cat([_norm(part.double().nan_to_num(0.0)) for part in y.split(256)])
-    return torch.nonzero(norms <= ZERO * norm).flatten()
+    return torch.nonzero(norms_of(y) <= ZERO * norm).flatten()

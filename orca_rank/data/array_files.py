@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import torch
 
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 from orca_rank.artifacts.plain import load_plain
+from orca_rank.data.stored import IN_MEMORY, H5Rows, NpyRows, Rows
 
 FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file, or a pair [x.npy, y.npy]"
 MEND = "write it again, or set data.train (source.train, data.test) to another file"
 
 
 def read_arrays(
-    root: Path, files: str | Sequence[str], x: str, y: str | None, *, optional: bool = False
-) -> tuple[np.ndarray, np.ndarray | None, str]:
+    root: Path,
+    files: str | Sequence[str],
+    x: str,
+    y: str | None,
+    *,
+    optional: bool = False,
+    in_memory: bool | None = True,
+) -> tuple[np.ndarray | Rows, np.ndarray | Rows | None, str]:
     """Inputs, targets (None if y is None) and a name for error messages.
 
     Args:
@@ -29,6 +37,8 @@ def read_arrays(
         files: one npz, h5 or pt file (a dictionary of tensors), or a pair of npy files.
         x, y: names of the two arrays inside the file; train/x is x in the group train.
         optional: do without y where the file has none; x may then be one npy file.
+        in_memory: False leaves numbers of npy and h5 files on disk, None those of more than IN_MEMORY bytes. A member
+            of an npz or pt file cannot be read by rows.
 
     Raises:
         FileNotFoundError: for a missing file. KeyError: for a missing array. ValueError: for another format.
@@ -36,25 +46,31 @@ def read_arrays(
     """
     single = files if isinstance(files, str) else files[0] if len(files) == 1 else None
     if single is not None and single.endswith(".npy") and (optional or y is None):
-        return read_npy(_there(root / single)), None, single
+        return read_npy(_there(root / single), in_memory), None, single
     if not isinstance(files, str):
         if len(files) != 2 or not all(name.endswith(".npy") for name in files):
             raise ValueError(f"expected {FORMATS}; received {list(files)}")
         paths = [_there(root / name) for name in files]
-        return read_npy(paths[0]), None if y is None else read_npy(paths[1]), " and ".join(files)
+        first, second = read_npy(paths[0], in_memory), None if y is None else read_npy(paths[1], in_memory)
+        return first, second, " and ".join(files)
     if files.endswith(".npy"):
         raise ValueError(f"one .npy file is not enough, expected {FORMATS}; received {files!r}")
     path = _there(root / files)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"cannot read {path}: unknown format {path.suffix!r}; expected {FORMATS}")
+    if in_memory is False and reader is not read_h5:
+        raise ValueError(
+            f"{path} cannot be read by rows, as data.in_memory=false asks: save x and y as npy or h5 files"
+        )
+    read: Any = partial(read_h5, in_memory=in_memory) if reader is read_h5 else reader
     names = [x] if y is None else [x, y]
     try:
-        arrays = reader(path, names)
+        arrays = read(path, names)
     except MissingArray as error:
         if not (optional and error.name == y):
             raise
-        arrays = reader(path, [x])
+        arrays = read(path, [x])
     return arrays[x], None if y is None else arrays.get(y), files
 
 
@@ -68,10 +84,13 @@ class MissingArray(KeyError):
         self.name = name
 
 
-def read_npy(path: Path) -> np.ndarray:
-    """The array of an npy file, no larger than the limit and without Python objects."""
+def read_npy(path: Path, in_memory: bool | None = True) -> np.ndarray | Rows:
+    """The array of an npy file, no larger than the limit and without Python objects, or its rows."""
     with reading(path, MEND), open(path, "rb") as stream:
-        _check_header(path, "its array", stream)
+        shape, fortran, dtype = _header(path, "its array", stream)
+        if not fortran and _by_rows(shape, dtype, in_memory):
+            return NpyRows(path, shape, dtype, stream.tell())
+        check_size(path, "its array", shape, dtype.itemsize)
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
 
@@ -103,12 +122,12 @@ def read_npz(path: Path, names: Sequence[str], mend: str = MEND) -> dict[str, np
         return arrays
 
 
-def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named datasets of an HDF5 file, each no larger than the limit; strings as NumPy strings."""
+def read_h5(path: Path, names: Sequence[str], in_memory: bool | None = True) -> dict[str, np.ndarray | Rows]:
+    """The named datasets of an HDF5 file, each no larger than the limit, or its rows; strings as NumPy strings."""
     with reading(path, MEND):
         file = h5py.File(path, "r")
     with file:
-        arrays = {}
+        arrays: dict[str, np.ndarray | Rows] = {}
         for name in names:
             with reading(path, MEND):
                 item = file.get(name)
@@ -117,6 +136,9 @@ def read_h5(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             with reading(path, MEND):
                 if item.shape is None:
                     raise ValueError(f"{name!r} is empty")
+                if _by_rows(item.shape, item.dtype, in_memory):
+                    arrays[name] = H5Rows(path, item)
+                    continue
                 check_size(path, repr(name), item.shape, item.dtype.itemsize)
                 if h5py.check_string_dtype(item.dtype) is not None:
                     arrays[name] = np.asarray(item.asstr()[()], dtype=str)
@@ -160,7 +182,7 @@ def read_pt(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
-READERS: dict[str, Callable[[Path, Sequence[str]], dict[str, np.ndarray]]] = {
+READERS: dict[str, Callable[[Path, Sequence[str]], Any]] = {
     ".npz": read_npz,
     ".h5": read_h5,
     ".hdf5": read_h5,
@@ -177,15 +199,27 @@ def _there(path: Path) -> Path:
     return path
 
 
-def _check_header(path: Path, name: str, stream: Any) -> int:
-    """Bytes of an array in the npy format, after a look at its shape and dtype; the stream is then at the first."""
+def _by_rows(shape: Sequence[int], dtype: np.dtype, in_memory: bool | None) -> bool:
+    """Whether an array of numbers is to be read by rows."""
+    size = math.prod(shape) * dtype.itemsize
+    return dtype.kind in "biuf" and len(shape) > 1 and (size > IN_MEMORY if in_memory is None else not in_memory)
+
+
+def _header(path: Path, name: str, stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, Fortran order and dtype of an array in the npy format; the stream is then at its first byte."""
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"{name} has version {version} of the npy format, expected 1 or 2")
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = header(stream)
+    shape, fortran, dtype = header(stream)
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which are not loaded: save numbers or strings")
+    return shape, fortran, dtype
+
+
+def _check_header(path: Path, name: str, stream: Any) -> int:
+    """Bytes of such an array, after a look at its shape and dtype."""
+    shape, _, dtype = _header(path, name, stream)
     check_size(path, name, shape, dtype.itemsize)
     return math.prod(shape) * dtype.itemsize
 

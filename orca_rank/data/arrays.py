@@ -18,6 +18,7 @@ from orca_rank.data.labels import Class, check_counts, renamed, renaming
 from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
 from orca_rank.data.pseudo import pseudo_labels
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
+from orca_rank.data.stored import Stored
 from orca_rank.data.targets import Reading, Targets
 from orca_rank.normaliser import Normaliser
 from orca_rank.task import KINDS
@@ -42,8 +43,12 @@ class _Samples:
         return self.found
 
     def take(self, index: np.ndarray) -> tuple[Tensor, Tensor]:
-        chosen = torch.from_numpy(np.ascontiguousarray(index))
-        return self.x[chosen], self.targets.y[chosen]
+        return _rows(self.x, index), _rows(self.targets.y, index)
+
+
+def _rows(x: Tensor, index: np.ndarray) -> Tensor:
+    """Samples of a tensor; of one that stays on disk, without reading them."""
+    return x.only(index) if isinstance(x, Stored) else x[torch.from_numpy(np.ascontiguousarray(index))]
 
 
 class Arrays(InMemory):
@@ -83,6 +88,9 @@ class Arrays(InMemory):
             standardised in any case.
         test_fraction, val_fraction: held out of all, and then of the rest, in the same proportions of `Targets.strata`.
         train_limit: samples for train and val together; null for all. test_limit: of the test set.
+        in_memory: whether x and y are read whole; null: where they have at most 1 GiB. Otherwise numbers of npy and h5
+            files stay there: images, series and fields of any size (classes, vectors and segmentations are read).
+            Their statistics take one pass, a batch its own rows.
         split_seed: of the splits, limits and pseudo-labels.
         batch_size, seed, statistics, classes: see `InMemory`.
 
@@ -113,6 +121,7 @@ class Arrays(InMemory):
         val_fraction: float = 0.1,
         train_limit: int | None = None,
         test_limit: int | None = None,
+        in_memory: bool | None = None,
         split_seed: int = 0,
         batch_size: int = 32,
         seed: int = 0,
@@ -125,6 +134,7 @@ class Arrays(InMemory):
         check_choice("series", series, (True, False, None))
         check_choice("channels", channels, LAYOUTS)
         check_choice("y_channels", y_channels, LAYOUTS)
+        check_choice("in_memory", in_memory, (True, False, None))
         check_choice("normalise", normalise, NORMALISE)
         check_fraction("test_fraction", test_fraction)
         check_fraction("val_fraction", val_fraction)
@@ -143,12 +153,13 @@ class Arrays(InMemory):
         self.labels, self.clusters, self.normalise, self.task_kind = labels, clusters, normalise, task
         self.reading = Reading(channels, y_channels, _fill_values(fill), normalise, series, task)
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
-        self.train_limit, self.test_limit = train_limit, test_limit
+        self.train_limit, self.test_limit, self.in_memory = train_limit, test_limit, in_memory
 
     @property
     def contents(self) -> str:
+        """What the files hold; of one of more than 1 GiB, its size and blocks of it all along stand for that."""
         parts = [[part] if isinstance(part, str) else part for part in (self.train, self.test) if part is not None]
-        return contents_hash([self.root / name for part in parts for name in part])
+        return contents_hash([self.root / name for part in parts for name in part], sampled=True)
 
     def load(self) -> Parts:
         everything = self._read(self.train, self.x, self.y)
@@ -220,7 +231,7 @@ class Arrays(InMemory):
     ) -> _Samples:
         """Samples of a file; `train`: those that they must be like. optional: without targets where it has none."""
         wanted = y_name if self.labels == "file" else None
-        x, y, file = read_arrays(self.root, files, x_name, wanted, optional=optional)
+        x, y, file = read_arrays(self.root, files, x_name, wanted, optional=optional, in_memory=self.in_memory)
         inputs = self.reading.inputs(x, f"inputs {x_name!r} of {file}")
         if train is not None and inputs.shape[1:] != train.x.shape[1:]:
             raise _unlike(inputs, train.x, "inputs")
@@ -256,7 +267,9 @@ def _fill_values(fill: float | str | Sequence[float] | None) -> tuple[float, ...
 
 
 def _seen(train: Tensor, test: Tensor, name: object) -> list[str]:
-    """A sentence where inputs of a test file stand in the training file too."""
+    """A sentence where inputs of a test file stand in the training file too; not looked for where they stay on disk."""
+    if isinstance(train, Stored) or isinstance(test, Stored):
+        return []
     known = {hash(x.numpy().tobytes()) for x in train}
     if not (count := sum(hash(x.numpy().tobytes()) in known for x in test)):
         return []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orca_rank.data.stored import Rows, Stored
 from orca_rank.normaliser import Normaliser, axes_of, chunk_of
 
 LAYOUTS = ("first", "last", "none", None)
@@ -94,6 +95,43 @@ def kept(x: np.ndarray, fill: Sequence[float] | None, name: str, option: str, pe
     Raises:
         ValueError: for another dtype; values that are not finite, or look like fill values, and are not in `fill`.
     """
+    x = _plain(x, fill, name, option)
+    if x.dtype != np.uint8 and fill is not None:
+        _check_fill(x, name, option)
+    return _rounded(x, per)
+
+
+def kept_or_stored(
+    x: np.ndarray | Rows,
+    arrange: Callable[[np.ndarray], np.ndarray],
+    fill: Sequence[float] | None,
+    name: str,
+    option: str,
+    per: str,
+    *,
+    fields: bool = False,
+) -> Tensor:
+    """`kept` of the arranged array, or the `Stored` one whose rows become what `kept` makes of them.
+
+    A sample of the rows says what the others are held as and whether there are fill values; float64 stays float64
+    there where the sample asks for it. All rows are looked at for NaN and infinity as they are read.
+    """
+    if isinstance(x, np.ndarray):
+        return kept(arrange(x), fill, name, option, per)
+    like = kept(arrange(x.sample()), fill, name, option, per)
+    dtype = torch.float32 if fill and like.dtype == torch.uint8 else like.dtype
+    numbers = {torch.uint8: np.uint8, torch.float32: np.float32, torch.float64: np.float64}[dtype]
+
+    def change(rows: np.ndarray, which: np.ndarray) -> Tensor:
+        return torch.from_numpy(_plain(arrange(rows), fill, name, option, which).astype(numbers, copy=False))
+
+    return Stored(x, change, (len(x), *like.shape[1:]), dtype, fields=fields)
+
+
+def _plain(
+    x: np.ndarray, fill: Sequence[float] | None, name: str, option: str, numbers: np.ndarray | None = None
+) -> np.ndarray:
+    """Numbers that torch knows, bool as uint8, fill values as NaN, no other NaN; numbers: of the samples."""
     if x.dtype.kind not in "biuf":
         raise ValueError(f"{name} have dtype {x.dtype}: expected bool, integer or float")
     if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and max(abs(int(x.min())), abs(int(x.max()))) > 2**53:
@@ -107,10 +145,8 @@ def kept(x: np.ndarray, fill: Sequence[float] | None, name: str, option: str, pe
         x = x.astype(np.float32 if x.dtype in (np.uint8, np.int8, np.int16, np.uint16, np.float16) else x.dtype)
         x = x.astype(np.float64) if x.dtype.kind != "f" else x
         x = np.where(filled, np.array(np.nan, x.dtype), x)
-    _check_finite(x, fill, name, option)
-    if x.dtype != np.uint8 and fill is not None:
-        _check_fill(x, name, option)
-    return _rounded(x, per)
+    _check_finite(x, fill, name, option, numbers)
+    return x
 
 
 def _is_fill(x: np.ndarray, fill: Sequence[float]) -> np.ndarray | None:
@@ -126,20 +162,24 @@ def _is_fill(x: np.ndarray, fill: Sequence[float]) -> np.ndarray | None:
     return found
 
 
-def _check_finite(values: np.ndarray, fill: Sequence[float] | None, name: str, option: str) -> None:
+def _check_finite(
+    values: np.ndarray, fill: Sequence[float] | None, name: str, option: str, numbers: np.ndarray | None
+) -> None:
     if values.dtype.kind != "f":
         return
     flat = values.reshape(len(values), -1)
+    name_of = np.arange(len(flat)) if numbers is None else numbers
     bad = np.flatnonzero((np.isinf(flat) if fill else ~np.isfinite(flat)).any(axis=1))
     if len(bad):
         also = "" if fill is None else f", or set {option}=nan where NaN marks missing values"
         raise ValueError(
-            f"{name} have NaN or infinite values in {len(bad)} sample(s), the first is number {bad[0]}: leave these "
-            f"out{also}"
+            f"{name} have NaN or infinite values in {len(bad)} sample(s), the first is number {name_of[bad[0]]}: leave "
+            f"these out{also}"
         )
     empty = np.flatnonzero(np.isnan(flat).all(axis=1)) if fill else bad
     if len(empty):
-        raise ValueError(f"{name} have {len(empty)} sample(s) without any value, the first is number {empty[0]}")
+        first = name_of[empty[0]]
+        raise ValueError(f"{name} have {len(empty)} sample(s) without any value, the first is number {first}")
 
 
 def _check_fill(x: np.ndarray, name: str, option: str) -> None:

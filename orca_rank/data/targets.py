@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from orca_rank.data.fields import arranged, arranged_series, kept
+from orca_rank.data.fields import arranged, arranged_series, kept, kept_or_stored
 from orca_rank.data.labels import Class, class_labels
+from orca_rank.data.stored import Rows
 from orca_rank.normaliser import Normaliser
 from orca_rank.scoring import UNLABELLED
 from orca_rank.task import KINDS, Task, typical_norm
@@ -38,7 +39,7 @@ class Reading:
     series: bool | None = None
     task: str | None = None
 
-    def inputs(self, x: np.ndarray, name: str) -> Tensor:
+    def inputs(self, x: np.ndarray | Rows, name: str) -> Tensor:
         """(n, C, H, W), for series (n, C, 1, L).
 
         Raises:
@@ -47,12 +48,14 @@ class Reading:
         if x.dtype.kind not in "biuf":
             raise ValueError(f"{name} have dtype {x.dtype}: expected bool, integer or float")
         arrange = arranged_series if is_series(x, self.series, name) else arranged
-        return kept(
-            arrange(x, self.channels, name, "data.channels", None), self.fill, name, "data.fill", self.normalise
-        )
+
+        def arranged_so(rows: np.ndarray) -> np.ndarray:
+            return arrange(rows, self.channels, name, "data.channels", None)
+
+        return kept_or_stored(x, arranged_so, self.fill, name, "data.fill", self.normalise)
 
     def targets(
-        self, y: np.ndarray, x: Tensor, name: str, classes: Sequence[Class] | None, known: str | None
+        self, y: np.ndarray | Rows, x: Tensor, name: str, classes: Sequence[Class] | None, known: str | None
     ) -> Targets:
         """Targets of the inputs x (n, C, H, W).
 
@@ -66,7 +69,10 @@ class Reading:
         if y.ndim == 0 or len(y) != len(x):
             raise ValueError(f"targets {name} have shape {y.shape}: expected {len(x)} of them, one for every input")
         grid = (x.shape[2], x.shape[3])
-        kind = kind_of(y, grid, name, self.task, known)
+        kind = kind_of(y if isinstance(y, np.ndarray) else y.sample(), grid, name, self.task, known)
+        if kind == "dense":
+            return Targets(kind, self._fields(y, grid, name))
+        y = y if isinstance(y, np.ndarray) else y.read(0, len(y))
         if kind == "classification":
             found = class_labels(y, name, classes)
             return Targets(kind, torch.from_numpy(found.y), found.classes)
@@ -77,14 +83,19 @@ class Reading:
             return Targets(
                 kind, _floats(kept(column, self.fill, f"targets {name}", "data.fill", "channel"))[:, :, 0, 0]
             )
-        if kind == "segmentation":
-            return _pixel_classes(y.reshape(len(y), *_grid_of(y, grid)), name, self.fill or (), classes)
-        series = grid[0] == 1
-        arrange, layout = arranged_series if series else arranged, self._field_layout(y, grid, name)
-        fields = arrange(y, layout, f"targets {name}", "data.y_channels", grid)
-        return Targets(kind, _floats(kept(fields, self.fill, f"targets {name}", "data.fill", self.normalise)))
+        return _pixel_classes(y.reshape(len(y), *_grid_of(y, grid)), name, self.fill or (), classes)
 
-    def _field_layout(self, y: np.ndarray, grid: tuple[int, int], name: str) -> str | None:
+    def _fields(self, y: np.ndarray | Rows, grid: tuple[int, int], name: str) -> Tensor:
+        series, layout = grid[0] == 1, self._field_layout(y, grid, name)
+
+        def arranged_so(rows: np.ndarray) -> np.ndarray:
+            found = (arranged_series if series else arranged)(rows, layout, f"targets {name}", "data.y_channels", grid)
+            return found if found.dtype.kind == "f" or isinstance(y, np.ndarray) else found.astype(np.float64)
+
+        what, per = f"targets {name}", self.normalise
+        return _floats(kept_or_stored(y, arranged_so, self.fill, what, "data.fill", per, fields=True))
+
+    def _field_layout(self, y: np.ndarray | Rows, grid: tuple[int, int], name: str) -> str | None:
         """Where fields have their channels: as y_channels says, or else as channels does, unless the grid belies it."""
         if self.y_channels is not None or y.ndim != 4 or self.channels not in ("first", "last"):
             return self.y_channels
@@ -146,7 +157,7 @@ class Targets:
         return Task(self.kind, shape, tuple(train.shape[1:]), normaliser, typical_norm(train))
 
 
-def is_series(x: np.ndarray, asked: bool | None, name: str) -> bool:
+def is_series(x: np.ndarray | Rows, asked: bool | None, name: str) -> bool:
     """Whether inputs are series (n, L), (n, C, L) or (n, L, C) rather than images.
 
     Raises:
