@@ -292,6 +292,18 @@ def test_x_is_kept_once_for_the_thirds_and_not_at_all_for_lora_fa():
     assert kept["A"] <= 4 * 64 * 6 + small
 
 
+def test_lora_fa_saves_activations_in_a_fast_step_and_none_in_a_lean_one():
+    x = inputs(swin(), torch.float32).requires_grad_()
+    kept = {
+        (memory, frozen): saved_bytes(adapt(swin(), memory, frozen=frozen), x)
+        for memory in ("plain", "fast", "lean")
+        for frozen in (None, "A")
+    }
+    assert kept["lean", "A"] == kept["lean", None] < kept["fast", "A"]
+    for memory in ("plain", "fast"):
+        assert kept[memory, "A"] < 0.8 * kept[memory, None]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")

@@ -14,6 +14,7 @@ from orca_rank.adapters import (
     Bottleneck,
     DeltaLoRA,
     DyLoRA,
+    ElaLoRA,
     FLoRA,
     GatedLoRA,
     LoRA,
@@ -21,6 +22,7 @@ from orca_rank.adapters import (
     MoSLoRA,
     NotExpressible,
     ReRandomised,
+    Steps,
     TwoSubspaces,
     adapter_state_dict,
     adapters,
@@ -37,6 +39,7 @@ from orca_rank.adapters import (
     set_memory,
     unmerge,
 )
+from orca_rank.adapters.elastic import reallocate
 from orca_rank.adapters.gated import kumaraswamy_to_beta
 
 VARIANTS = {
@@ -55,6 +58,7 @@ VARIANTS = {
     "rerandomised": ReRandomised,
     "gated": GatedLoRA,
     "bottleneck": Bottleneck,
+    "elalora": ElaLoRA,
     "block_diagonal": partial(BlockDiagonalLoRA, blocks=2),
 }
 X = torch.linspace(-1, 1, 10 * 12, dtype=torch.float64).reshape(10, 12).mul(3).sin()
@@ -231,6 +235,84 @@ def test_block_diagonal_has_n_times_the_rank_at_the_same_parameters():
     assert torch.equal(found["2"].lora_A, plain["2"].lora_A)
     mapped = make(partial(BlockDiagonalLoRA, blocks={"0.q": 3, "2": 2}), {"0.q": 2, "2": 2})[1]
     assert [adapter.blocks for adapter in mapped.values()] == [3, 2]
+
+
+def elastic(model, steps, after=lambda: None, start=0):
+    opt = torch.optim.AdamW(parameter_groups(model, lr=0.02))
+    around = Steps(model)
+    around.run_of(20)
+    for _ in range(start, steps):
+        around.begin()
+        (model(X).square().mean() + around.extra_loss()).backward()
+        opt.step()
+        around.end()
+        opt.zero_grad()
+        after()
+    return opt
+
+
+def test_elalora_moves_ranks_and_keeps_their_sum():
+    model, found = make(partial(ElaLoRA, every=2, moved=2, tinit=0.2, tfinal=0.3), {"0.q": 3, "0.v": 3, "2": 3})
+    history = []
+    elastic(model, 20, lambda: history.append([int(one.alive.sum()) for one in found.values()]))
+    assert all(sum(ranks) == 9 and min(ranks) >= 1 for ranks in history)
+    assert history[2] == [3, 3, 3] != history[13] and all(ranks == history[13] for ranks in history[13:])
+    for adapter, rank in zip(found.values(), history[-1], strict=True):
+        a, b, _ = adapter.plain()
+        assert len(a) == b.shape[1] == rank <= 6
+        assert apart(a @ a.T, torch.eye(rank).double()) < 0.5
+
+
+def test_elalora_prunes_the_least_and_grows_where_the_least_is_largest():
+    """Importances set by hand: of a's and b's two least, a's .1 dies; b's .7 is the largest and gives b one more."""
+    model, found = make(partial(ElaLoRA, every=1, moved=1, tinit=0, tfinal=0.1), {"0.q": 3, "2": 3})
+    a, b = found["0.q"], found["2"]
+    with torch.no_grad():
+        a.lambdas[:3], b.lambdas[:3] = 1.0, 1.0
+        a.importance[:3], b.importance[:3] = torch.tensor([0.2, 0.1, 9.0]), torch.tensor([0.7, 0.6, 0.9])
+    before, born = model(X), b.delta_weight().clone()
+    for layer in (a, b):
+        layer.run_of(10)
+    reallocate([a, b])
+    assert a.alive.nonzero().flatten().tolist() == [0, 2] and b.alive.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert torch.equal(b.delta_weight(), born) and not torch.allclose(model(X), before)  # λ = 0 changes nothing
+    q, _, _ = b.plain()
+    assert torch.allclose(q @ q.T, torch.eye(4).double(), atol=1e-10)
+    with torch.no_grad():
+        b.lora_A[4] = b.lora_A[:4].sum(0)  # nothing at right angles to the living is left in the slot
+    b.grow()
+    assert torch.allclose(b.plain()[0] @ b.plain()[0].T, torch.eye(5).double(), atol=1e-10)
+
+
+def test_elalora_goes_on_as_if_nothing_had_happened():
+    kind = partial(ElaLoRA, every=2, moved=2, tinit=0, tfinal=0)
+    whole, first, second = (make(kind, {"0.q": 3, "0.v": 3, "2": 3})[0] for _ in range(3))
+    elastic(whole, 8)
+    state = elastic(first, 4).state_dict()
+    load_adapter_state_dict(second, adapter_state_dict(first))
+    opt = torch.optim.AdamW(parameter_groups(second, lr=0.02))
+    opt.load_state_dict(state)
+    around = Steps(second)
+    around.run_of(20)
+    for _ in range(4):
+        (second(X).square().mean() + around.extra_loss()).backward()
+        opt.step()
+        around.end()
+        opt.zero_grad()
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_elalora_refusals():
+    for options, match in (({"room": 0.5}, "room >= 1"), ({"tinit": 0.8}, "tinit"), ({"frozen": "A"}, "leave frozen")):
+        with pytest.raises(ValueError, match=match):
+            make(partial(ElaLoRA, **options))
+    model, _ = make(partial(ElaLoRA, every=1, tinit=0, tfinal=0))
+    around = Steps(model)
+    around.run_of(10)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        around.end()
 
 
 def test_block_diagonal_refusals():

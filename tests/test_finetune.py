@@ -107,6 +107,8 @@ def test_done_is_done_until_forced(composed: Callable[..., DictConfig], capsys: 
     [
         ("lora", ["adapter.module.dropout=0.2"]),
         pytest.param("dylora", ["adapter.module.dropout=0.2"], marks=pytest.mark.slow),
+        pytest.param("elalora", ["adapter.module.every=1"], marks=pytest.mark.slow),
+        pytest.param("block_diagonal", [], marks=pytest.mark.slow),
         pytest.param(
             "adalora",
             ["layers.qkv=fused", "adapter.module.target_r=1", "adapter.module.deltaT=1"],

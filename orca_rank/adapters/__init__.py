@@ -5,6 +5,7 @@ from orca_rank.adapters.blocks import set_memory
 from orca_rank.adapters.bottleneck import Bottleneck
 from orca_rank.adapters.conv import AdaptedConv2d
 from orca_rank.adapters.dylora import DyLoRA, cut, evaluate_ranks, set_rank
+from orca_rank.adapters.elastic import ElaLoRA
 from orca_rank.adapters.gated import GatedLoRA, prune
 from orca_rank.adapters.inject import (
     adapter_state_dict,
@@ -35,6 +36,7 @@ __all__ = [
     "Bottleneck",
     "DeltaLoRA",
     "DyLoRA",
+    "ElaLoRA",
     "FLoRA",
     "GatedLoRA",
     "LoRA",

@@ -2,7 +2,9 @@
 
 Autograd keeps every input of a trained matrix. Here the input is rebuilt in the backward pass from what has to be kept
 anyway: LayerNorm's output from its input, GELU's from its input, attention's from q, k, v. x is kept once for all
-adapters of a matrix, the frozen W₀ keeps nothing, and with A frozen (LoRA-FA) only Ax remains. On a CPU both passes
+adapters of a matrix, the frozen W₀ keeps nothing, and with A frozen (LoRA-FA) only Ax remains where nothing is rebuilt
+before the matrix. Where a LayerNorm, GELU or attention is, its inputs are kept for its own gradients: in a whole block
+LoRA-FA keeps exactly what LoRA does. On a CPU both passes
 walk through the rows in chunks that stay in cache, so that what is rebuilt is never written to memory as a whole.
 """
 

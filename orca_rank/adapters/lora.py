@@ -50,8 +50,9 @@ def gora(gradient: Float[Tensor, "d_out d_in"], a: Float[Tensor, "r d_in"], gamm
 class LoRA(nn.Module):
     """ΔW = s B A for one matrix W₀ (d_out × d_in): Hu et al. 2021, eq. 3.
 
-    ``frozen="A"`` is LoRA-FA (only B learns, so x need not be kept), ``frozen="B"`` is LoRA-FB (B random, A starts at
-    zero). ``init``:
+    ``frozen="A"`` is LoRA-FA (only B learns, so x need not be kept: a third less memory in a Swin's ``plain`` and
+    ``fast`` steps, none less in a ``lean`` one, which keeps no x for LoRA either), ``frozen="B"`` is LoRA-FB (B random,
+    A starts at zero). ``init``:
 
     * ``kaiming`` A uniform as in the reference code, B = 0; ``gaussian`` A ~ N(0, 1/r), B = 0;
     * ``directions`` A (and B, if given) from ``directions[name]``: with B the adapter starts at ΔW = B A;

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from orca_rank.adapters.dylora import DyLoRA, begin_dylora
+from orca_rank.adapters.elastic import ElaLoRA, reallocate
 from orca_rank.adapters.linear import adapted, adapters
 from orca_rank.adapters.peft_backed import tuner_of
 
@@ -21,12 +22,15 @@ class Steps:
     def __init__(self, model: nn.Module) -> None:
         self.modules, self.adapters, self.tuner = adapted(model), list(adapters(model).values()), tuner_of(model)
         self.nested = [adapter for adapter in self.adapters if isinstance(adapter, DyLoRA)]
+        self.elastic = [adapter for adapter in self.adapters if isinstance(adapter, ElaLoRA)]
         self.others = [adapter for adapter in self.adapters if not isinstance(adapter, DyLoRA)]
 
     def run_of(self, steps: int) -> None:
         """Tell adapters with a schedule how many optimiser steps the run has."""
         if self.tuner:
             self.tuner.run_of(steps)
+        for adapter in self.elastic:
+            adapter.run_of(steps)
 
     def begin(self, generator: torch.Generator | None = None) -> None:
         """Before the first forward pass of an optimiser step: draw ranks, gates, projections.
@@ -41,9 +45,11 @@ class Steps:
             adapter.begin_step(generator)
 
     def end(self) -> None:
-        """After the optimiser's step: put frozen rows back, fold projections, follow the product."""
+        """After the optimiser's step: put frozen rows back, fold projections, follow the product, move
+        ranks."""
         for adapter in self.adapters:
             adapter.end_step()
+        reallocate(self.elastic)
         if self.tuner:
             self.tuner.end_step()
 

@@ -250,7 +250,10 @@ def _write_model(
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
         scales = {name: adapter.scale for name, adapter in adapters.adapters(model.body).items()}
-        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales})
+        found = adapters.adapters(model.body)
+        moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
+        ended = {"ranks_at_the_end": moved} if moved else {}
+        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
         try:
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:
