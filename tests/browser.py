@@ -45,7 +45,8 @@ class Browser:
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={profile}", "about:blank"], pass_fds=(read, write), stdout=log, stderr=log
         )
-        os.close(read), os.close(write)
+        for end in (read, write):
+            os.close(end)
         self._number, self._rest, self._session = 0, b"", ""
         self.complaints: list[str] = []
         self._loaded = False
@@ -60,7 +61,8 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
-        os.close(self._in), os.close(self._out)
+        for end in (self._in, self._out):
+            os.close(end)
 
     def open(self, address: str, width: int, *, dark: bool = False, media: str = "", height: int = 900) -> None:
         """Load a page at a width in CSS pixels, and wait for it."""

@@ -15,7 +15,7 @@ from orca_rank.evidence.points import FROZEN, FULL, Row
 from orca_rank.evidence.verdicts import MARGIN, PARAMETERS, Claim
 from orca_rank.report.draw import LETTER, Panel, Picture, Scale, scale, words
 from orca_rank.report.page import Page, cell
-from orca_rank.report.sections import interval_text
+from orca_rank.report.values import interval_text
 
 PER_CENT = "% of the error"  # the unit of a claim about a difference of errors
 _COLOURS = {"supported": "c2", "refuted": "c1", "equivalent": "c0", "undecided": "c6"}

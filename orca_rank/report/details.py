@@ -11,7 +11,8 @@ from orca_rank.report.layer_figures import agreement_figure, gap_figure, spectra
 from orca_rank.report.page import Page
 from orca_rank.report.results import PARTS
 from orca_rank.report.run_folder import RunFolder
-from orca_rank.report.sections import Record, estimate_text, like_main, main_metric
+from orca_rank.report.sections import Record, like_main, main_metric
+from orca_rank.report.values import estimate_text
 
 _COUNTS = 20  # fine-tunes whose parameters are drawn
 _SPECTRA = {

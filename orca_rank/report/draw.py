@@ -65,7 +65,7 @@ class Scale:
                     return found
         raw = (self.high - self.low) / max(1, count)
         power = 10.0 ** math.floor(math.log10(raw))
-        step = next(power * step for step in (1, 2, 2.5, 5, 10) if power * step >= raw * 0.999)
+        step = next(power * step for step in (1, 2, 5, 10) if power * step >= raw * 0.75)
         first = math.ceil(self.low / step - 1e-9)
         return [
             0.0 if number == 0 else number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)
@@ -95,7 +95,8 @@ def scale(
     if high <= low:
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     room = margin * (high - low)
-    return Scale(low if zero and low == 0 else low - room, high + room, start, end)
+    least = max(low - room, 0.0) if low >= 0 else low - room  # nothing is drawn below 0 where nothing lies there
+    return Scale(least, high + room, start, end)
 
 
 class Picture:
@@ -146,9 +147,10 @@ class Picture:
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
         data = base64.b64encode(stream.getvalue()).decode()
+        x, y, width, height = box
+        href = f"data:image/png;base64,{data}"
         self.put(
-            "image", "field", say=say, **dict(zip(("x", "y", "width", "height"), box, strict=True)),
-            preserveAspectRatio="none", href=f"data:image/png;base64,{data}",
+            "image", "field", say=say, x=x, y=y, width=width, height=height, preserveAspectRatio="none", href=href
         )  # fmt: skip
 
     def legend(self, x: Number, y: Number, entries: Sequence[tuple[str, str, str]]) -> Number:
@@ -166,7 +168,7 @@ class Picture:
         """The picture as text. label: what it shows, for those who do not see it. alone: with its style, as a file."""
         size = f"0 0 {self.width:g} {self.height:g}"
         style = f"<style>{figure_style()}</style>" if alone else ""
-        least = f' style="width:100%;min-width:{0.85 * self.width:.0f}px;max-width:{self.width:.0f}px"'
+        least = f' style="width:100%;min-width:{0.9 * self.width:.0f}px;max-width:{self.width:.0f}px"'
         said = f'xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"' if alone else ""
         opened = f'<svg class="chart" {said or least.strip()} viewBox="{size}" role="img" aria-label="{escape(label)}">'
         return f"{opened}{style}{''.join(self.parts)}</svg>"

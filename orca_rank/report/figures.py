@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,13 +45,10 @@ def comparison_figure(
 
 
 def _against_parameters(points: Sequence[Point], lines: Mapping[str, Interval], label: str, counted: str) -> Picture:
-    room = 24 + LETTER * max((len(_valued(name, one)) for name, one in lines.items()), default=0)
-    draw = Picture(max(640, 420 + room), 350)
     kinds = list(dict.fromkeys(point.kind for point in points))
-    across = scale([p.parameters for p in points], 70, draw.width - max(20, room), margin=0.1, wide=5)
-    up = scale(
-        [*_ends(p.value for p in points), *_ends(lines.values()), *(v for p in points for v in p.seeds)], 295, 40
-    )
+    draw, top = Picture(760, 352 + 18 * len(lines)), 34 if len(kinds) > 1 else 14
+    across = scale([p.parameters for p in points], 70, 735, margin=0.1, wide=4)
+    up = _clipping([p.value for p in points] + list(lines.values()), [v for p in points for v in p.seeds], 295, top)
     panel = Panel(draw, across, up)
     panel.frame(x=counted, y=label)
     if len(kinds) > 1:
@@ -63,7 +59,7 @@ def _against_parameters(points: Sequence[Point], lines: Mapping[str, Interval], 
         colour, say = f"c{place % COLOURS}", f"{point.number}. {point.name}: {_said(point)}"
         for value in point.seeds if len(point.seeds) > 1 else ():
             panel.mark(point.parameters, value, f"dot pale {colour}", f"{point.name}: a seed, {value:.4g}", size=3)
-        panel.span(point.parameters, point.value.low, point.value.high, colour)
+        panel.span(point.parameters, *_clipped(point.value, up), colour)
         kind = "ring" if len(point.seeds) > 1 else "dot"
         panel.mark(point.parameters, point.value.value, f"{kind} {colour}", say, size=5, shape=SHAPES[place % 5])
         if len(points) <= NUMBERED:
@@ -72,53 +68,63 @@ def _against_parameters(points: Sequence[Point], lines: Mapping[str, Interval], 
     return draw
 
 
+def _clipping(shown: Sequence[Interval], seeds: Sequence[float], start: Number, end: Number) -> Scale:
+    """A scale over 0 and all values, and over intervals as far as half of that more: those of two seeds have no end."""
+    values = [one.value for one in shown] + list(seeds)
+    low, high = min(values), max(values)
+    if low > 0 and high > 20 * low:
+        return scale(values, start, end)
+    low = min(0.0, low)
+    room = 0.5 * ((high - low) or 1.0)
+    return scale([*values, *(min(max(one, low), high + room) for one in _ends(shown))], start, end)
+
+
+def _clipped(one: Interval, up: Scale) -> tuple[float, float]:
+    """The ends of an interval as far as the scale goes; without an interval the value itself."""
+    low, high = (one.value if end is None else end for end in (one.low, one.high))
+    return max(low, up.low), min(high, up.high)
+
+
 def _rows(points: Sequence[Point], lines: Mapping[str, Interval], label: str) -> Picture:
     """A row each, smallest value first."""
     rows = [(f"{point.number}. {point.name}", point.value, point.seeds, "c0") for point in points]
     rows = sorted([*rows, *((name, value, (), "c6") for name, value in lines.items())], key=lambda row: row[1].value)
     left = 20 + LETTER * max(len(name) for name, *_ in rows)
     draw = Picture(left + 420, 62 + _ROW * len(rows))
-    across = scale(
-        [*_ends(row[1] for row in rows), *(v for row in rows for v in row[2])], left, draw.width - 60, zero=True
-    )
+    shown = [row[1] for row in rows]
+    across = _clipping(shown, [seed for row in rows for seed in row[2]], left, draw.width - 60)
     panel = Panel(draw, across, Scale(0, len(rows), 10, 10 + _ROW * len(rows)))
     foot = 10 + _ROW * len(rows)
     for value in across.ticks(4):
         draw.put("line", "grid", x1=across(value), x2=across(value), y1=10, y2=foot)
         draw.text(across(value), foot + 16, short(value), "small", at="middle")
     draw.text((left + draw.width - 60) / 2, foot + 36, label, at="middle")
-    for place, (name, value, seeds, colour) in enumerate(rows):
-        x, y = panel.point(value.value, place + 0.5)
+    for place, (name, one, seeds, colour) in enumerate(rows):
+        x, y = panel.point(one.value, place + 0.5)
         draw.text(left - 12, y + 4, name, at="end")
         for seed in seeds if len(seeds) > 1 else ():
             panel.mark(seed, place + 0.5, f"dot pale {colour}", f"{name}: a seed, {seed:.4g}", size=3)
-        if value.low is not None and value.high is not None:
-            draw.put("line", f"span {colour}", x1=across(value.low), x2=across(value.high), y1=y, y2=y)
-        draw.mark(x, y, f"{'ring' if len(seeds) > 1 else 'dot'} {colour}", f"{name}: {value.value:.4g}", size=5)
-        draw.text(x + 10, y - 6, short(value.value), "small")
+        low, high = _clipped(one, across)
+        draw.put("line", f"span {colour}", x1=across(low), x2=across(high), y1=y, y2=y)
+        draw.mark(x, y, f"{'ring' if len(seeds) > 1 else 'dot'} {colour}", f"{name}: {one.value:.4g}", size=5)
+        draw.text(x + 10, y - 6, short(one.value), "small")
     return draw
 
 
 def _levels(panel: Panel, lines: Mapping[str, Interval]) -> None:
-    """A dashed line for each, its interval as a band, its name on the right, names apart from each other."""
-    draw, (left, right) = panel.picture, panel.ends(panel.across)
-    last = math.inf
-    for place, (name, one) in enumerate(sorted(lines.items(), key=lambda pair: pair[1].value)):
-        y, colour = panel.up(one.value), f"c{(place + 2) % COLOURS}"
-        if one.low is not None and one.high is not None:
-            draw.box(left, panel.up(one.high), right - left, panel.up(one.low) - panel.up(one.high), f"bar {colour}",
-                     shade=0.12)  # fmt: skip
+    """A dashed line for each with its interval as a band; their names below the axes."""
+    draw, up = panel.picture, panel.up
+    left, right = panel.ends(panel.across)
+    for place, (name, one) in enumerate(sorted(lines.items(), key=lambda pair: -pair[1].value)):
+        y, colour, (low, high) = up(one.value), f"c{(place + 2) % COLOURS}", _clipped(one, up)
+        if low < high:
+            draw.box(left, up(high), right - left, up(low) - up(high), f"bar {colour}", shade=0.1)
         draw.line([(left, y), (right, y)], f"dash {colour}", f"{name}: {_interval_text(one)}")
-        last = min(y + 4, last - 14)
-        draw.text(right + 8, last, _valued(name, one), f"name {colour}")
+        draw.legend(64, 350 + 18 * place, [("-", f"dash {colour}", f"{name}: {_interval_text(one)}")])
 
 
-def _valued(name: str, one: Interval) -> str:
-    return f"{name} {short(one.value)}"
-
-
-def _ends(values: Sequence[Interval] | object) -> list[float]:
-    found = [one for value in values for one in (value.value, value.low, value.high)]  # type: ignore[attr-defined]
+def _ends(values: Iterable[Interval]) -> list[float]:
+    found = [one for value in values for one in (value.value, value.low, value.high)]
     return [one for one in found if one is not None]
 
 

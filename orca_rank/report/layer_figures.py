@@ -176,7 +176,7 @@ def table_figure(columns: Mapping[str, Mapping[str, Number]], colours: Mapping[s
     blocks, kinds = (list(dict.fromkeys(getattr(one, what) for one in along)) for what in ("block", "kind"))
     left = 18 + LETTER * max(map(len, blocks))
     wide = 34 if len(columns) < 4 else 28
-    each = max(left + wide * len(kinds) + 26, 14 + 7.4 * max(map(len, columns)))
+    each = max(left + wide * len(kinds) + 26, left + 16 + 7.9 * max(map(len, columns)) - 18)
     row = max(1, min(len(columns), int(1040 // each)))
     tall = 64 + 20 * len(blocks)
     draw = Picture(each * row, tall * -(-len(columns) // row))
@@ -202,7 +202,7 @@ def table_figure(columns: Mapping[str, Mapping[str, Number]], colours: Mapping[s
 
 
 def spectra_figure(spectra: Mapping[str, Spectrum], columns: int = 6) -> Picture:
-    """Singular values of every layer against their null line, small panels in network order, each from 0 to its largest.
+    """Singular values of every layer against their null line, small panels, each from 0 to its largest.
 
     q, k and v share a panel where their spectra are equal.
     """

@@ -59,9 +59,9 @@ class Page:
         """Start a section that the links at the top lead to."""
         self._add("section", anchor=anchor, title=title)
 
-    def answer(self, asked: str, found: str, to_do: str, command: str = "") -> None:
-        """The first thing to read: a question, its answer, and what to do next."""
-        self._add("answer", asked=asked, found=found, next=to_do, command=command)
+    def answer(self, asked: str, found: str, beside: str, to_do: str, command: str = "") -> None:
+        """The first thing to read: a question, its answer, what to compare it with, and what to do next."""
+        self._add("answer", asked=asked, found=found, beside=beside, next=to_do, command=command)
 
     def text(self, text: str) -> None:
         self._add("text", text=text)
@@ -83,13 +83,14 @@ class Page:
         self._add("figure", name=name, caption=caption, svg=figure.svg(caption), link=link)
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str = "", folded: str = "", keys: int = 1) -> None:
-        """A table whose columns are the names in the rows; numbers stand right, a click on a name sorts.
+        """A table whose columns are the names in the rows, without those that are empty in all; numbers stand right, a
+        click on a name sorts.
 
         Args:
             rows: name -> text or number. caption: above it. folded: a title to click on to see it; empty: shown.
             keys: how many columns at the left stay in sight.
         """
-        names = list(dict.fromkeys(name for row in rows for name in row))
+        names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value not in ("", None)))
         numbers = {name for name in names if all(isinstance(row.get(name, 0), int | float) for row in rows)}
         self._add("table", rows=rows, names=names, numbers=numbers, caption=caption, folded=folded, keys=keys)
 

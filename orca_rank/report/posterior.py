@@ -37,9 +37,9 @@ def posteriors(page: Page, tunes: Sequence[Tune]) -> None:
         page.figure(
             "posterior" if number == 0 else f"posterior_{number + 1}",
             posterior_figure(probability, ranks),
-            f"Posterior of the rank of every layer given the held-out losses of {tune.tag}, the darker the more probable. "
-            f"The most probable ranks lie between {min(likely)} and {max(likely)}; {LEVEL:.0%} credible sets hold between "
-            f"{min(sizes)} and {max(sizes)} of {len(ranks)} ranks.",
+            f"Posterior of the rank of every layer given the held-out losses of {tune.tag}, the darker the more "
+            f"probable. The most probable ranks lie between {min(likely)} and {max(likely)}; {100 * LEVEL:.0f} % "
+            f"credible sets hold between {min(sizes)} and {max(sizes)} of {len(ranks)} ranks.",
             [
                 {"layer": name, "rank": rank, "probability": f"{value:.5g}", "in the credible set": bool(inside)}
                 for name, one in probability.items()
@@ -49,7 +49,7 @@ def posteriors(page: Page, tunes: Sequence[Tune]) -> None:
 
 
 def rank_posteriors(tune: Tune) -> tuple[list[int], dict[str, Float[np.ndarray, " ranks"]], dict[str, np.ndarray]]:
-    """The ranks that were tried, P(rank | losses) and the credible set of every layer, as rank=posterior computes them."""
+    """The ranks that were tried, P(rank | losses) and the credible set of every layer, as in rank=posterior."""
     theory = importlib.import_module("orca_rank.ranks.posterior")
     path = tune.folder / f"{NAME}.safetensors"
     with reading(path, "run stage=rank_losses again"):

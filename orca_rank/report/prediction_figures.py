@@ -191,8 +191,8 @@ def vectors_figure(targets: Float[np.ndarray, "n k"], predictions: Float[np.ndar
         spread = float(((y - y.mean()) ** 2).sum()) if len(y) else 0.0
         title = f"R² {1 - float(((y - guess) ** 2).sum()) / spread:.3f}" if spread > 0 else "constant"
         ticks = [(tick, short(tick)) for tick in both.ticks(3)]
-        panel.frame(title=title, x="target" if targets.shape[1] == 1 else f"target {place}", x_ticks=ticks, y_ticks=ticks,
-                    y="prediction" if place % across == 0 else "")  # fmt: skip
+        x, shown_y = "target" if targets.shape[1] == 1 else f"target {place}", "" if place % across else "prediction"
+        panel.frame(title=title, x=x, y=shown_y, x_ticks=ticks, y_ticks=ticks)
         panel.line([(both.low, both.low), (both.high, both.high)], "fine c6")
         for one, found in zip(y, guess, strict=True):
             panel.mark(float(one), float(found), "dot pale c0", f"target {one:.4g}, prediction {found:.4g}", size=2.2)

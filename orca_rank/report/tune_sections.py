@@ -1,4 +1,4 @@
-"""The report's sections on fine-tunes: what they come to against each other, in a figure and tables, and their curves."""
+"""The report's sections on fine-tunes: against each other in a figure and tables, and their curves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from orca_rank.report.figures import NUMBERED, Point, comparison_figure, learnin
 from orca_rank.report.page import Page, cell
 from orca_rank.report.prediction_figures import Gallery, caption, prediction_figure, prediction_rows
 from orca_rank.report.results import Interval, Tune
-from orca_rank.report.sections import budget_words, interval_text
 from orca_rank.report.tables import Group, Row, differing, groups
+from orca_rank.report.values import budget_words, interval_text
 
 _ROWS = 300  # fine-tunes in the page's table; summary.csv has all
 _SHOWN = 12  # rows of a table of fine-tunes that are shown where means stand above it; more are folded
@@ -88,20 +88,16 @@ def _comparison(page: Page, tunes: Sequence[Tune], found: Sequence[Group], basel
     marks += (
         f", numbered as in the table{' of means' if len(found) < len(tunes) else ''}" if len(points) <= NUMBERED else ""
     )
-    said = "".join(
-        f" {name[0].upper()}{name[1:]}: {cell(one.value)}{interval_text(one.low, one.high)}."
-        for name, one in lines.items()
-    )
     called = words(metric)
+    rows: list[Row] = [{"name": p.name, "parameters": p.parameters, "test": value} for p in points for value in p.seeds]
     page.figure(
         f"comparison_{metric}",
         comparison_figure(points, lines, metric, unit, counted),
         f"Test {called} against {counted}{marks}. The best validation {called}, "
-        f"{cell(best.val)}, is {best.tag}'s; its test {called} is {cell(best.test)}.{said}{beside} "
+        f"{cell(best.val)}, is {best.tag}'s; its test {called} is {cell(best.test)}.{beside} "
         f"{'One seed: the spread between seeds is not known' if seeds == 1 else f'{seeds} seeds'}.",
-        [*({"name": point.name, "parameters": point.parameters, "test": value} for point in points for value in point.seeds),
-         *({"name": name, "test": one.value} for name, one in lines.items())],
-    )  # fmt: skip
+        [*rows, *({"name": name, "test": one.value} for name, one in lines.items())],
+    )
 
 
 def ends(found: Sequence[Group]) -> dict[str, Interval]:
@@ -150,6 +146,7 @@ def means_row(number: int, group: Group, called: str) -> Row:
         "rule": group.first.rule,
         "budget": group.first.budget,
         **_options(group.values),
+        "epochs": group.first.epochs,
         "seeds": len(group.tunes),
         "adapter parameters": round(group.parameters),
         f"test {called}": _with_interval(group.test),
@@ -196,7 +193,7 @@ def _value(name: str, value: Any) -> Any:
 def _point(number: int, group: Group, only_adapter: bool) -> Point:
     trained = sum(tune.counts.trained for tune in group.tunes) / len(group.tunes)
     varying = [f"{name} {value}" for name, value in _options(group.values).items() if value != ""]
-    name = ", ".join([described(group.first), *varying])
+    name = ", ".join([described(group.first), *varying, f"{group.first.epochs} epochs"])
     return Point(
         name,
         str(group.first.option("adapter.name")),

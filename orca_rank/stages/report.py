@@ -39,7 +39,7 @@ _PRINTED = 40  # fine-tunes printed; the files have all
 
 
 def run(config: DictConfig) -> None:
-    """Write runs/<run>/report.html, report/*.svg, report/*.csv, summary.csv and means.csv from what the other stages left there.
+    """Write runs/<run>/report.html, report/*.svg and *.csv, summary.csv and means.csv from what the other stages left.
 
     `report.runs` names further runs, whose fine-tunes stand in the same tables.
 
