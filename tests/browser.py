@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -40,11 +41,17 @@ class Browser:
 
     def __init__(self, program: str, profile: Path) -> None:
         (read, self._out), (self._in, write) = os.pipe(), os.pipe()
-        command = ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", program, *_FLAGS, "--remote-debugging-pipe"]
-        log = open(profile / "log", "wb")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [*command, f"--user-data-dir={profile}", "about:blank"], pass_fds=(read, write), stdout=log, stderr=log
-        )
+
+        def at_3_and_4() -> None:  # where the browser looks for them
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]
+            for end, place in zip(ends, (3, 4), strict=True):
+                os.dup2(end, place)
+
+        with open(profile / "log", "wb") as log:
+            self._process = subprocess.Popen(
+                [program, *_FLAGS, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
+                preexec_fn=at_3_and_4, close_fds=False, stdout=log, stderr=log,
+            )  # fmt: skip
         for end in (read, write):
             os.close(end)
         self._number, self._rest, self._session = 0, b"", ""

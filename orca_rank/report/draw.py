@@ -24,6 +24,7 @@ Number = float
 COLOURS = 7  # classes c0 to c6, Okabe and Ito's, which remain distinct to colour-blind readers
 SHAPES = "osdvx"
 LETTER = 6.7  # pixels, about what a letter takes; a small one takes 5/6 of it
+_PIXELS = 200  # of a field along a side
 _UPPER = ("l2", "mmd", "otdd", "nmse", "mae", "iou", "f1")
 
 
@@ -70,6 +71,15 @@ class Scale:
         return [
             0.0 if number == 0 else number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)
         ]
+
+
+def tick_labels(ticks: Sequence[Number]) -> list[tuple[Number, str]]:
+    """Ticks with as many digits as keep them apart."""
+    texts = [short(tick) for tick in ticks]
+    for digits in range(4, 8):
+        if len(set(texts)) < len(texts):
+            texts = [f"{tick:.{digits}g}" for tick in ticks]
+    return list(zip(ticks, texts, strict=True))
 
 
 def scale(
@@ -143,7 +153,9 @@ class Picture:
         return self.put("path", kind, say=say, d=paths[shape], transform=place, vector_effect="non-scaling-stroke")
 
     def field(self, pixels: UInt8[np.ndarray, "h w 3"], box: tuple[Number, Number, Number, Number], say: str) -> None:
-        """A small image, its pixels as squares, in a box of x, y, width, height."""
+        """An image, its pixels as squares, in a box of x, y, width, height; of a large one every second, third, …"""
+        step = -(-max(pixels.shape[:2]) // _PIXELS)
+        pixels = np.ascontiguousarray(pixels[::step, ::step])
         stream = io.BytesIO()
         Image.fromarray(pixels).save(stream, format="PNG", optimize=True)
         data = base64.b64encode(stream.getvalue()).decode()
@@ -193,10 +205,8 @@ class Panel:
     ) -> None:
         """Grid, ticks and labels. x_ticks, y_ticks: (value, text); None: round values."""
         draw, (left, right), (bottom, top) = self.picture, self.ends(self.across), self.ends(self.up)
-        rows = [(tick, short(tick)) for tick in self.up.ticks(4)] if y_ticks is None else y_ticks
-        columns = (
-            [(t, short(t)) for t in self.across.ticks(max(2, int((right - left) / 90)))] if x_ticks is None else x_ticks
-        )
+        rows = tick_labels(self.up.ticks(4)) if y_ticks is None else y_ticks
+        columns = tick_labels(self.across.ticks(max(2, int((right - left) / 90)))) if x_ticks is None else x_ticks
         for value, text in rows:
             draw.put("line", "grid", x1=left, x2=right, y1=self.up(value), y2=self.up(value))
             draw.text(left - 7, self.up(value) + 4, text, "small", at="end")

@@ -76,7 +76,7 @@ def _clipping(shown: Sequence[Interval], seeds: Sequence[float], start: Number, 
         return scale(values, start, end)
     low = min(0.0, low)
     room = 0.5 * ((high - low) or 1.0)
-    return scale([*values, *(min(max(one, low), high + room) for one in _ends(shown))], start, end)
+    return scale([low, *values, *(min(max(one, low), high + room) for one in _ends(shown))], start, end)
 
 
 def _clipped(one: Interval, up: Scale) -> tuple[float, float]:

@@ -165,7 +165,7 @@ def _whole(most: Number) -> list[tuple[Number, str]]:
 
 
 def table_figure(columns: Mapping[str, Mapping[str, Number]], colours: Mapping[str, str]) -> Picture:
-    """Values of layers as tables of block × kind of layer beside each other; the darker, the larger.
+    """Values of layers as tables of block × kind of layer beside each other; strong colours are large.
 
     Args:
         columns: title -> layer -> value, at least 0 where it is shaded. colours: title -> a name; tables of one name
@@ -255,7 +255,7 @@ def agreement_figure(matrix: Mapping[str, Mapping[str, Number]]) -> Picture:
 
 
 def posterior_figure(posterior: Mapping[str, Float[np.ndarray, " ranks"]], ranks: Sequence[int]) -> Picture:
-    """P(rank | held-out losses) of every layer, a column a layer in network order, the darker the more probable."""
+    """P(rank | held-out losses) of every layer, a column a layer in network order; strong colours are probable."""
     along = places(list(posterior))
     across = Scale(-1, along[-1].x + 1, _LEFT, _LEFT + _STEP * (along[-1].x + 2))
     tall = max(12.0, min(26.0, 260 / len(ranks)))

@@ -92,7 +92,7 @@ class Page:
         """
         names = list(dict.fromkeys(name for row in rows for name, value in row.items() if value not in ("", None)))
         numbers = {name for name in names if all(isinstance(row.get(name, 0), int | float) for row in rows)}
-        self._add("table", rows=rows, names=names, numbers=numbers, caption=caption, folded=folded, keys=keys)
+        self._add("table", rows=rows, names=names, numbers=numbers, caption=caption, folded=folded, sticky=keys)
 
     def folded(self, title: str, text: str) -> None:
         """Preformatted text behind a title to click on."""

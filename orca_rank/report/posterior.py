@@ -37,9 +37,9 @@ def posteriors(page: Page, tunes: Sequence[Tune]) -> None:
         page.figure(
             "posterior" if number == 0 else f"posterior_{number + 1}",
             posterior_figure(probability, ranks),
-            f"Posterior of the rank of every layer given the held-out losses of {tune.tag}, the darker the more "
-            f"probable. The most probable ranks lie between {min(likely)} and {max(likely)}; {100 * LEVEL:.0f} % "
-            f"credible sets hold between {min(sizes)} and {max(sizes)} of {len(ranks)} ranks.",
+            f"Posterior of the rank of every layer given the held-out losses of {tune.tag}, the stronger "
+            f"the colour, the more probable. The most probable ranks lie between {min(likely)} and {max(likely)}; "
+            f"{100 * LEVEL:.0f} % credible sets hold between {min(sizes)} and {max(sizes)} of {len(ranks)} ranks.",
             [
                 {"layer": name, "rank": rank, "probability": f"{value:.5g}", "in the credible set": bool(inside)}
                 for name, one in probability.items()

@@ -15,6 +15,7 @@ PANELS = 8  # numbers of a vector that are drawn
 LABELS = 20  # labels that are drawn, the most frequent
 IMAGES, EVERY = 4, 512  # samples of a figure that draws each, and of one that draws them together
 FEW = 6  # values of an input that have a name each, where there are no more
+_CSV = 60_000  # rows, about; all predictions are in report/predictions.npz
 _WIDE, _GAP = 190, 22  # pixels of a field, and between two
 _GREY = ((250, 250, 250), (70, 75, 82), (20, 22, 26))
 _FIELD = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # about viridis
@@ -76,9 +77,10 @@ def caption(gallery: Gallery, called: str) -> str:
 
 
 def prediction_rows(gallery: Gallery) -> list[dict[str, Any]]:
-    """The numbers of the figure, a row for every value of every target."""
-    rows = []
-    for place in np.ndindex(gallery.targets.shape):
+    """The numbers of the figure, a row for every value of every target, of the first samples where they are many."""
+    rows: list[dict[str, Any]] = []
+    count = max(1, _CSV // max(1, gallery.targets[0].size))
+    for place in np.ndindex(gallery.targets[:count].shape):
         sample, *where = place
         names = ("row", "column") if len(where) == 2 else ("number",)
         values = (("target", gallery.targets[place]), ("prediction", gallery.predictions[place]))
@@ -106,9 +108,8 @@ def fields_figure(gallery: Gallery) -> Picture:
     draw, tall = _sheet([title for title, *_ in parts], gallery)
     for column, (title, fields, ends, colours) in enumerate(parts):
         for number, (field, error) in enumerate(zip(fields, gallery.metric, strict=True)):
-            say = (
-                f"sample {number + 1}, {title}: {short(field.min())} to {short(field.max())}; {_error(gallery, error)}"
-            )
+            least, most = short(float(field.min())), short(float(field.max()))
+            say = f"sample {number + 1}, {title}: {least} to {most}; {_error(gallery, error)}"
             draw.field(pixels(field, *ends, colours), _box(column, number, tall), say)
         _colours(draw, column, 30 + len(gallery.metric) * (tall + _GAP), np.unique(fields), ends, colours)
     return draw
@@ -117,21 +118,18 @@ def fields_figure(gallery: Gallery) -> Picture:
 def _colours(
     draw: Picture, column: int, y: Number, values: np.ndarray, ends: tuple[float, float], colours: Any
 ) -> None:
-    """What the colours of a column mean: a name a value where there are few, else a strip from end to end."""
-    x = 4 + column * (_WIDE + 16)
-    few = values if len(values) <= FEW else np.linspace(*ends, 64)
-    wide = min(46.0, _WIDE / len(few)) if len(values) <= FEW else _WIDE / 64
-    for number, value in enumerate(few):
-        rgb = pixels(np.array([[value]]), *ends, colours)[0, 0]
-        draw.put(
-            "rect", x=x + wide * number, y=y, width=wide + 0.3, height=10.0, fill=f"rgb({rgb[0]},{rgb[1]},{rgb[2]})"
-        )
-        if len(values) <= FEW:
+    """What the colours of a column mean: a name a value where an input has few, else a strip from end to end."""
+    x, named = 4 + column * (_WIDE + 16), column == 0 and len(values) <= FEW
+    shown = values if named else np.linspace(*ends, 64)
+    wide = min(46.0, _WIDE / len(shown)) if named else _WIDE / 64
+    for number, value in enumerate(shown):
+        r, g, b = pixels(np.array([[value]]), *ends, colours)[0, 0]
+        draw.put("rect", x=x + wide * number, y=y, width=wide + 0.3, height=10.0, fill=f"rgb({r},{g},{b})")
+        if named:
             draw.text(x + wide * (number + 0.5), y + 24, short(float(value)), "small", at="middle")
-    if len(values) > FEW:
-        for place, end, at in ((0.0, ends[0], "start"), (_WIDE, ends[1], "end")):
-            zero = abs(end) < 1e-3 * (ends[1] - ends[0])
-            draw.text(x + place, y + 24, "0" if zero else short(float(f"{end:.2g}")), "small", at=at)
+    for place, end, at in ((0.0, ends[0], "start"), (_WIDE, ends[1], "end")) if not named else ():
+        zero = abs(end) < 1e-3 * (ends[1] - ends[0])
+        draw.text(x + place, y + 24, "0" if zero else short(float(f"{end:.2g}")), "small", at=at)
 
 
 def classes_figure(gallery: Gallery) -> Picture:

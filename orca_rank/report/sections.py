@@ -13,7 +13,7 @@ from orca_rank.report.page import Page
 from orca_rank.report.plans import even_rank, plans_of, ranks
 from orca_rank.report.results import Measurement, Options, flat
 from orca_rank.report.run_folder import RunFolder
-from orca_rank.report.values import estimate_text, gaps_of, p_note, spearman
+from orca_rank.report.values import counted, estimate_text, gaps_of, p_note, spearman
 
 Record = dict[str, Any]
 _NOTES = 5  # sentences of one kind at the top
@@ -79,9 +79,9 @@ def alignment(page: Page, run: RunFolder) -> None:
     page.figure(
         "alignment",
         alignment_figure(run.align.curve, labels, f"{objective} (training)"),
-        f"Objective {objective}, {run.align.epochs} epochs. Distance between source features and features of held-out "
-        f"target images (in brackets: 90 % interval from half-samples): {'; '.join(changes)}. The panels have "
-        f"different scales.",
+        f"Objective {objective}, {counted(run.align.epochs, 'epoch')}. Distance between source features and features "
+        f"of held-out target images (in brackets: 90 % interval from half-samples): {'; '.join(changes)}. The panels "
+        f"have different scales.",
         rows,
     )
 
@@ -154,7 +154,7 @@ def _layers_caption(run: RunFolder, metric: str, plans: Mapping[str, Any], even:
         said.append(
             f"Calibrated {words(metric)} distance between what the source and a target send into every layer; 0 is "
             f"what two halves of the same data would give. Upright lines are 95 % bootstrap intervals; filled marks "
-            f"have p < 0.05 ({p_note(gaps_of(run.measured, metric))}). Layers that read the same input share a mark."
+            f"have p < 0.05 ({p_note(gaps_of(run.measured, metric))})."
         )
         others = like_main(run, metric)
         same = [f"{words(name)} (ρ = {rho:.2f})" for name, rho in others.items() if rho >= ALIKE]

@@ -13,7 +13,7 @@ from orca_rank.report.page import Page, cell
 from orca_rank.report.prediction_figures import Gallery, caption, prediction_figure, prediction_rows
 from orca_rank.report.results import Interval, Tune
 from orca_rank.report.tables import Group, Row, differing, groups
-from orca_rank.report.values import budget_words, interval_text
+from orca_rank.report.values import budget_words, counted, interval_text
 
 _ROWS = 300  # fine-tunes in the page's table; summary.csv has all
 _SHOWN = 12  # rows of a table of fine-tunes that are shown where means stand above it; more are folded
@@ -88,12 +88,14 @@ def _comparison(page: Page, tunes: Sequence[Tune], found: Sequence[Group], basel
     marks += (
         f", numbered as in the table{' of means' if len(found) < len(tunes) else ''}" if len(points) <= NUMBERED else ""
     )
+    sizes = {point.parameters for point in points}
+    against = f"against {counted}" if len(sizes) > 1 else f"of fine-tunes with {cell(round(sizes.pop()))} {counted}"
     called = words(metric)
     rows: list[Row] = [{"name": p.name, "parameters": p.parameters, "test": value} for p in points for value in p.seeds]
     page.figure(
         f"comparison_{metric}",
         comparison_figure(points, lines, metric, unit, counted),
-        f"Test {called} against {counted}{marks}. The best validation {called}, "
+        f"Test {called} {against}{marks}. The best validation {called}, "
         f"{cell(best.val)}, is {best.tag}'s; its test {called} is {cell(best.test)}.{beside} "
         f"{'One seed: the spread between seeds is not known' if seeds == 1 else f'{seeds} seeds'}.",
         [*rows, *({"name": name, "test": one.value} for name, one in lines.items())],
@@ -193,7 +195,7 @@ def _value(name: str, value: Any) -> Any:
 def _point(number: int, group: Group, only_adapter: bool) -> Point:
     trained = sum(tune.counts.trained for tune in group.tunes) / len(group.tunes)
     varying = [f"{name} {value}" for name, value in _options(group.values).items() if value != ""]
-    name = ", ".join([described(group.first), *varying, f"{group.first.epochs} epochs"])
+    name = ", ".join([described(group.first), *varying, counted(group.first.epochs, "epoch")])
     return Point(
         name,
         str(group.first.option("adapter.name")),

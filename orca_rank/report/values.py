@@ -14,6 +14,11 @@ from orca_rank.report.results import Interval, Measurement
 _NAMES = {"r": "rank"}
 
 
+def counted(number: int, thing: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def spearman(x: Sequence[Number], y: Sequence[Number]) -> float | str:
     """Spearman's ρ, ties at their mean rank; "" where one side is constant. (scipy.stats takes seconds to import.)"""
     if len(set(x)) < 2 or len(set(y)) < 2:
