@@ -105,23 +105,27 @@ class _Words(HTMLParser):
     """The texts of a page in order: headings, paragraphs, captions, notes, cards and cells, one string each."""
 
     TAGS = ("h1", "h2", "p", "figcaption", "div", "li", "span", "b", "th", "td", "summary", "a", "title")
+    HIDDEN = ("svg", "script", "style")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
         self.open: list[str] = []
+        self.hidden = 0  # in a picture or a script
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.hidden += tag in self.HIDDEN
         if tag in self.TAGS:
             self.open.append(tag)
             self.found.append("")
 
     def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in self.HIDDEN
         if tag in self.TAGS:
             self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.found:
+        if self.open and self.found and not self.hidden:
             self.found[-1] += data
 
 

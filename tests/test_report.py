@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import nn
 
 from orca_rank.artifacts.files import write_json
 from orca_rank.data.darcy import Darcy
+from orca_rank.report.draw import Picture
 from orca_rank.report.page import Page, cell
 from orca_rank.report.run_folder import read_run
 from orca_rank.report.tables import summary
@@ -40,8 +40,8 @@ def run(config: DictConfig) -> Path:
     return Path(config.paths.runs) / "mine"
 
 
-def images(text: str) -> list[bytes]:
-    return [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]*)"', text)]
+def figures(text: str) -> list[str]:
+    return re.findall(r"<svg.*?</svg>", text, re.S)
 
 
 def test_a_whole_run_makes_one_self_contained_page(config: DictConfig, run: Path) -> None:
@@ -52,18 +52,23 @@ def test_a_whole_run_makes_one_self_contained_page(config: DictConfig, run: Path
     report.run(config)
     text = page(run)
 
-    assert not re.search(r'(src|href)="(?!data:image/png;base64,|#)', text)
-    assert "http" not in text and "<script" not in text and "@import" not in text and "url(" not in text
-    embedded, files = images(text), sorted((run / "report").glob("*.png"))
-    assert all(data.startswith(b"\x89PNG") for data in embedded)
-    assert {path.read_bytes() for path in files} == set(embedded)
-    names = {path.stem for path in files}
-    assert names == {
-        "alignment", "gaps", "agreement", "spectra_ot_map", "ranks", "parameters", "comparison_error", "curves_error",
-    }  # fmt: skip
-    assert set(re.findall(r'href="#(\w+)"', text)) == set(re.findall(r'id="(\w+)"', text))
+    assert not re.search(r'(src|href)="(?!data:(image/png;base64|text/csv)|#)', text)
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "") and "@import" not in text and "url(" not in text
+    names = ("alignment", "layers", "ranks", "comparison_error", "curves_error", "parameters", "agreement",
+             "gaps_sliced", "spectra_ot_map")  # fmt: skip
+    assert {path.name for path in (run / "report").iterdir()} == {f"{n}.{end}" for n in names for end in ("svg", "csv")}
+    embedded = figures(text)
+    assert len(embedded) == len(names) and all('role="img" aria-label="' in figure for figure in embedded)
+    for name in names:
+        alone = (run / f"report/{name}.svg").read_text()
+        assert alone.partition("</style>")[2] in text  # the same marks
+        with open(run / f"report/{name}.csv", newline="") as stream:
+            assert f'download="{name}.csv"' in text and list(csv.DictReader(stream))
+    order = [text.index(f'id="{anchor}"') for anchor in ("finetunes", "layers", "alignment", "details")]
+    assert text.index('class="answer"') < order[0] and order == sorted(order)
+    assert set(re.findall(r'href="#(\w+)"', text)) | {"say"} == set(re.findall(r' id="(\w+)"', text))
 
-    plain = re.sub(r'src="data[^"]*"', "", text)
+    plain = re.sub(r"<svg.*?</svg>", "", text, flags=re.S)
     for said in ("3.25 [3, 3.5]", "1.75 [1.5, 2]", "4 of 8", "first", "0.3125", "321", "700", "9,000", "near"):
         assert said in plain, said
     assert "Not there yet" not in plain
@@ -159,7 +164,9 @@ def test_a_figure_that_is_no_longer_made_is_removed(config: DictConfig, run: Pat
     (run / "report").mkdir()
     (run / "report/old.png").write_bytes(b"")
     report.run(config)
-    assert {path.name for path in (run / "report").iterdir()} == {"parameters.png", "ranks.png"}
+    assert {path.name for path in (run / "report").iterdir()} == {
+        f"{name}.{end}" for name in ("layers", "parameters", "ranks") for end in ("svg", "csv")
+    }
 
 
 def test_a_gallery_is_left_out_where_the_data_cannot_be_had(
@@ -190,8 +197,8 @@ def test_gallery_and_baselines_of_darcy(
     monkeypatch.setattr(gallery, "load", lambda *_: FirstChannel())
     config.data.cache = str(tmp_path)
     report.run(config)
-    assert (run / "report/predictions.png").exists()
-    assert "Solver on the coarse grid" in page(run) and "repeated to the fine grid" in page(run)
+    assert (run / "report/predictions.svg").exists()
+    assert "solver on the coarse grid" in page(run) and "repeated to the fine grid" in page(run)
 
     data = Darcy(**options)
     shown = gallery.predictions(run, "one", data)
@@ -203,8 +210,8 @@ def test_gallery_and_baselines_of_darcy(
     assert len(found) == 2 and all(0 < value < 1 for value in found.values())
     errors = ", ".join(map(cell, shown.metric))
     assert (
-        "The first 4 test samples, predicted by one (the best on validation). Target and prediction share a colour "
-        f"scale in each row; relative L2 errors: {errors}."
+        "The first 4 test samples, predicted by one (the best on validation). All targets and predictions share one "
+        f"colour scale, all differences another; relative L2 errors: {errors}."
     ) in page(run)
 
 
@@ -228,12 +235,13 @@ def test_predictions_and_baselines_are_made_once(
     monkeypatch.setattr(gallery, "classical_baseline", lambda *_: pytest.fail("computed again"))
     monkeypatch.setattr(FirstChannel, "model", staticmethod(lambda x: x[:, :1]))
     report.run(config)
-    assert images(page(run))[-1] != images(first)[-1]
+    drawn = (run / "report/predictions.svg").read_text()
+    assert drawn.partition("</style>")[2] not in first
 
     finetune(run.parent / "other", "one", 0.125, "relative_l2", data)  # and so in another run
     config.run = "other"
     report.run(config)
-    assert "Solver on the coarse grid" in page(run.parent / "other")
+    assert "solver on the coarse grid" in page(run.parent / "other")
 
 
 def test_summary_of_full_fine_tuning_has_no_plan(run: Path) -> None:
@@ -245,8 +253,32 @@ def test_summary_of_full_fine_tuning_has_no_plan(run: Path) -> None:
 
 def test_page_marks_numbers_and_folds() -> None:
     made = Page("t", "l")
-    made.table([{"a": 1234567, "b": "x"}, {"a": 0.123456, "b": 2}], folded="more")
+    made.table([{"a": 1234567, "b": "x", "empty": ""}, {"a": 0.123456, "b": 2}], folded="more", keys=2)
+    with made.fold("nothing"):
+        pass
+    with made.fold("something"):
+        made.text("inside")
     text = made.html()
     assert '<td class="number">1,234,567</td><td>x</td>' in text and '<td class="number">0.1235</td>' in text
-    assert "<details><summary>more</summary>" in text
+    assert "<details><summary>more</summary>" in text and '<table class="keys2">' in text and ">empty<" not in text
+    assert "nothing" not in text and text.index("something</summary>") < text.index("<p>inside</p>")
     assert [cell(value) for value in (None, True, 12345.6, -0.5, "a")] == ["", "True", "12,346", "-0.5", "a"]
+
+
+def test_large_data_lie_beside_the_page_only() -> None:
+    made = Page("t", "l")
+    made.figure("small", Picture(10, 10), "c", [{"a": 1, "b": "x, y"}])
+    made.figure("large", Picture(10, 10), "c", [{"a": "0" * 100}] * 2000)
+    text = made.html()
+    assert 'download="small.csv" href="data:text/csv;charset=utf-8,a,b%0A1,%22x, y%22%0A"' in text
+    assert "CSV: report/large.csv" in text and len(text) < 100_000 < len(made.files["large.csv"])
+
+
+@pytest.mark.slow
+def test_a_sweep_of_200_runs_is_a_small_page(config: DictConfig, run: Path) -> None:
+    measure(run)
+    for i in range(200):
+        finetune(run, f"t{i:03}", 0.5 + i / 1000, seed=i % 2, adapter=300 + 10 * (i // 2))
+    report.run(config)
+    assert (run / "report.html").stat().st_size < 5_000_000
+    assert page(run).count("<svg") < 20

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
+from pictures import place, says, texts
 from run_folders import finetune, words
 
 from orca_rank.artifacts.files import write_csv, write_json
 from orca_rank.evidence.points import Row
 from orca_rank.evidence.verdicts import MARGIN, Claim
-from orca_rank.report.canvas import png
+from orca_rank.report import plots
 from orca_rank.report.claims import curve_figure, forest_figure, markdown, rank_curves, read_evidence
 from orca_rank.stages import report
 
@@ -61,7 +62,7 @@ def test_the_section_says_what_the_claims_say(config: DictConfig) -> None:
         f"Difference of the test error in per cent of what it is compared with, with 95 % intervals; left of 0 the "
         f"claim holds. Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes on."
     ) in found
-    assert (run / "report/evidence.png").exists()
+    assert (run / "report/evidence.svg").exists()
 
 
 def test_a_run_of_evidence_alone_is_reported(config: DictConfig) -> None:
@@ -73,7 +74,7 @@ def test_a_run_of_evidence_alone_is_reported(config: DictConfig) -> None:
     report.run(config)
     found = words(run)
     assert "Evidence" in found and not any("not there yet" in text or "Options" in text for text in found)
-    assert (run / "report/rank_curve.png").exists()
+    assert (run / "report/rank_curve.svg").exists()
     assert rank_curves([replace(ROW), *gate]) == {"darcy": {"frozen": [0.8, 0.8], "1": [0.6], "4": [0.15]}}
 
 
@@ -93,9 +94,20 @@ def test_the_readme_says_what_the_committed_evidence_says() -> None:
     assert {row.point.name for row in rows} == {path.stem for path in folder.glob("*/rows/*.json")}
 
 
+CURVE = {"near": {"frozen": [0.8, 0.6], "1": [0.5, 0.3], "4": [0.2], "full": [0.1]}}
+
+
 def test_the_curve_has_a_point_a_seed_and_lines_for_frozen_and_full() -> None:
-    figure = curve_figure({"near": {"frozen": [0.8, 0.6], "1": [0.5, 0.3], "4": [0.2], "full": [0.1]}})
-    (axis,) = figure.axes
+    found = says(picture := curve_figure(CURVE))
+    seeds = [place(found[f"rank {rank}: a seed, {value}"]) for rank, value in ((1, 0.5), (1, 0.3), (4, 0.2))]
+    means = [place(found[f"rank {rank}: mean {value} of {n} seeds"]) for rank, value, n in ((1, 0.4, 2), (4, 0.2, 1))]
+    assert means[0][1] == pytest.approx((seeds[0][1] + seeds[1][1]) / 2, abs=0.1) and means[1] == seeds[2]
+    assert {"frozen body: 0.7", "full fine-tuning: 0.1"} <= set(found)
+    assert {"frozen body", "full fine-tuning", "1", "4", "near"} <= set(texts(picture))
+
+
+def test_the_picture_of_the_readme_shows_the_same_curve() -> None:
+    (axis,) = plots.curve_figure(CURVE).axes
     lines = [(list(line.get_xdata()), [round(y, 6) for y in line.get_ydata()]) for line in axis.lines]
     assert lines[2:] == [([0, 0], [0.5, 0.3]), ([1], [0.2]), ([0, 1], [0.4, 0.2])]
     assert [ys[0] for _, ys in lines[:2]] == [0.7, 0.1]
@@ -105,20 +117,19 @@ def test_the_curve_has_a_point_a_seed_and_lines_for_frozen_and_full() -> None:
 
 def test_the_plot_draws_estimates_intervals_and_the_margin() -> None:
     endless = replace(CLAIMS[1], low=-float("inf"), high=float("inf"), claim="c" * 90)
-    figure = forest_figure([CLAIMS[0], endless])
-    axis = figure.axes[0]
-    marks = {line.get_marker(): line for line in axis.lines if line.get_marker() in ("<", ">")}
-    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axis.lines if line.get_marker() == "o"]
-    assert points == [(-3.0, 0), (1.0, 1)]
-    ends = [list(line.get_xdata()) for line in axis.lines if list(line.get_ydata()) == [0, 0]]
-    assert ends == [[-3.0, -4.5], [-3.0, -1.5]]
-    assert {marker: line.get_ydata()[0] for marker, line in marks.items()} == {"<": 1, ">": 1}
-    (band,) = axis.patches
-    assert (band.get_x(), band.get_width()) == (-MARGIN, 2 * MARGIN)
-    assert [text.get_text() for text in axis.texts] == ["supported", "undecided"]
-    assert axis.get_xlabel() == "difference of the test error (%)"
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["a beats uniform", "c" * 69 + "…"]
-    assert png(figure, 50).startswith(b"\x89PNG")
+    picture = forest_figure([CLAIMS[0], endless])
+    found = says(picture)
+    (x, y), (other, below) = (place(found[said]) for said in (
+        "a beats uniform: supported, -3 % [-4.5, -1.5]", f"{'c' * 90}: undecided, +1 %"))  # fmt: skip
+    assert x < other and y < below
+    assert texts(picture).count("◂") == texts(picture).count("▸") == 1
+    assert {"supported", "undecided", "difference of the test error (%)", "c" * 69 + "…"} <= set(texts(picture))
+    (band,) = [part for part in picture.parts if 'class="band"' in part]
+    width = float(band.partition('width="')[2].partition('"')[0])
+    zero = float(
+        next(part for part in picture.parts if 'class="line fine"' in part).partition('points="')[2].split(",")[0]
+    )
+    assert (zero - x) / (width / 2) == pytest.approx(3.0 / MARGIN, rel=0.01)
 
 
 def test_damaged_evidence_is_an_error_that_names_the_command(config: DictConfig) -> None:

@@ -151,13 +151,15 @@ def test_differences_to_uniform_are_paired_by_seed(config: DictConfig, run: Path
         "better"
     ) in found
     place = found.index("pairs") + 1
-    head = ["#", "adapter", "rule", "budget", "seeds", "adapter parameters", "test error", "difference to uniform (%)"]
-    assert found[place - 9 : place - 1] == head
-    assert found[place : place + 8] == ["1", "lora", "proportional", "mean_rank=4", "2", "300", "0.32 [-1.078, 1.718]",
+    head = ["#", "adapter", "rule", "budget", "epochs", "seeds", "adapter parameters", "test error",
+            "difference to uniform (%)"]  # fmt: skip
+    assert found[place - 10 : place - 1] == head
+    assert found[place : place + 9] == ["1", "lora", "proportional", "mean_rank=4", "3", "2", "300",
+                                        "0.32 [-1.078, 1.718]",
                                         f"6.667 [{expected[0]:.4g}, {expected[1]:.4g}]"]  # fmt: skip
     assert any(
-        "Test error against trainable parameters; means over seeds with their 95 % intervals, numbered as in the table "
-        "of means. The best"
+        "Test error of fine-tunes with 300 trainable parameters of the adapter; a small point a seed, a ring their "
+        "mean with its 95 % interval, numbered as in the table of means. The best"
         in text
         and text.endswith("3 seeds.")
         for text in found
@@ -244,7 +246,7 @@ def test_a_name_that_fits_no_run_is_an_error(config: DictConfig, run: Path) -> N
 def test_long_tables_are_cut_and_say_so(config: DictConfig, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orca_rank.report.tune_sections._ROWS", 2)
     monkeypatch.setattr("orca_rank.report.tune_sections._CURVES", 2)
-    monkeypatch.setattr("orca_rank.report.sections._COUNTS", 2)
+    monkeypatch.setattr("orca_rank.report.details._COUNTS", 2)
     for i in range(3):
         finetune(run, f"t{i}", 0.25 + i, options=optimised(0.1 + i))
     report.run(config)
@@ -258,8 +260,9 @@ def test_long_tables_are_cut_and_say_so(config: DictConfig, run: Path, monkeypat
         "epoch."
     ) in found
     assert (
-        "Parameters that are trained, by part; the whole model has 9,000. 1 more fine-tune is in summary.csv." in found
-    )
+        "Parameters that are trained, by part, those of the adapter on an axis of their own; the whole model has "
+        "9,000. 1 more fine-tune is in summary.csv."
+    ) in found
     assert len(summary(tunes(run))) == 3
 
 

@@ -88,8 +88,7 @@ class Gaps(Sequence[Layer]):
 
     def plot(self) -> Figure:
         """Gaps along the network with their intervals, a panel a metric; filled marks have p < 0.05."""
-        from orca_rank.report.canvas import png  # here, because matplotlib takes a second
-        from orca_rank.report.layer_figures import gap_figure
+        from orca_rank.report.plots import gap_figure, png  # here, because matplotlib takes a second
 
         figure = gap_figure({"target": self.layers})
         figure._repr_png_ = lambda: png(figure, 96)  # how a notebook shows an object

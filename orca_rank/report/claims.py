@@ -7,19 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-
-from matplotlib.figure import Figure
+from typing import NamedTuple
 
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.evidence.points import FROZEN, FULL, Row
 from orca_rank.evidence.verdicts import MARGIN, PARAMETERS, Claim
-from orca_rank.report.canvas import BLUE, GREEN, GREY, INK, LETTER, PAGE, VERMILLION, grid, styled
+from orca_rank.report.draw import LETTER, Panel, Picture, Scale, scale, words
 from orca_rank.report.page import Page, cell
-from orca_rank.report.sections import interval_text
+from orca_rank.report.values import interval_text
 
 PER_CENT = "% of the error"  # the unit of a claim about a difference of errors
-_COLOURS = {"supported": GREEN, "refuted": VERMILLION, "equivalent": BLUE, "undecided": GREY}
+_COLOURS = {"supported": "c2", "refuted": "c1", "equivalent": "c0", "undecided": "c6"}
 _LONGEST = 70  # letters of a claim beside the plot; the table has all
 
 
@@ -37,6 +36,17 @@ def read_evidence(folder: Path, made_by: str) -> tuple[list[Claim], list[Row], l
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds damaged evidence ({error}): run `{command(made_by)}`") from error
     return claims, rows, [str(answer) for answer in payload.get("recommended", ())]
+
+
+class Evidence(NamedTuple):
+    """What stage=evidence came to: see `read_evidence`."""
+
+    claims: list[Claim]
+    rows: list[Row]
+    answers: list[str]
+
+    def section(self, page: Page) -> None:
+        evidence(page, *self)
 
 
 def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str] = ()) -> None:
@@ -57,7 +67,9 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
             "Test error against the uniform rank, every rank at its own learning rate and every adapter at one scale: "
             "a point a seed, a ring their mean. Lines: the frozen body and full fine-tuning, with the range of their "
             "seeds.",
-        )
+            [{"task": task, "rank": rank, "test": error} for task, curve in curves.items()
+             for rank, errors in curve.items() for error in errors],
+        )  # fmt: skip
     page.table(
         [
             {
@@ -83,6 +95,7 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
             f"Difference of the test error in per cent of what it is compared with, with 95 % intervals; left of 0 the "
             f"claim holds. Shaded: ±{MARGIN:g} %, within which a difference is of no use. Arrows: the interval goes "
             f"on.",
+            [claim.to_dict() for claim in compared],
         )
 
 
@@ -115,62 +128,61 @@ def rank_curves(rows: Sequence[Row]) -> dict[str, Curve]:
     return curves
 
 
-@styled()
-def curve_figure(curves: Mapping[str, Curve]) -> Figure:
+def curve_figure(curves: Mapping[str, Curve]) -> Picture:
     """One panel a task: see `rank_curves`; ranks at equal steps, seeds as points, means as rings."""
-    width = min(4.6, (PAGE - 0.8 - 0.9 * (len(curves) - 1)) / len(curves) - 0.2)
-    figure, (axes,) = grid([width] * len(curves), [2.6], left=0.8, across=0.9)
-    for axis, (task, curve) in zip(axes, curves.items(), strict=True):
+    wide = 300.0
+    draw = Picture(20 + len(curves) * (wide + 175), 300)
+    for number, (task, curve) in enumerate(curves.items()):
+        left = 75 + number * (wide + 175)
         ranks = [name for name in curve if name not in (FROZEN, FULL)]
-        for name, colour in ((FROZEN, GREY), (FULL, GREEN)):
+        up = scale([error for errors in curve.values() for error in errors], 245, 36)
+        panel = Panel(draw, Scale(-0.5, max(1, len(ranks)) - 0.5, left, left + wide), up)
+        panel.frame(title=words(task), x="uniform rank of every layer", y="test error", x_ticks=list(enumerate(ranks)))
+        for name, shown, colour in ((FROZEN, "frozen body", "c6"), (FULL, "full fine-tuning", "c2")):
             if errors := curve.get(name):
-                axis.axhspan(min(errors), max(errors), color=colour, alpha=0.18, linewidth=0)
-                axis.axhline(fmean(errors), color=colour, linewidth=1.2)
-                axis.annotate(
-                    f"{name} body" if name == FROZEN else "full fine-tuning",
-                    (0, fmean(errors)), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
-                    color=colour,
-                )  # fmt: skip
+                draw.box(left, up(max(errors)), wide, up(min(errors)) - up(max(errors)), f"bar {colour}", shade=0.15)
+                draw.line([(left, up(fmean(errors))), (left + wide, up(fmean(errors)))], f"dash {colour}",
+                          f"{shown}: {fmean(errors):.4g}")  # fmt: skip
+                draw.text(left + wide + 4, up(fmean(errors)) + 4, shown, f"small name {colour}")
         for place, rank in enumerate(ranks):
-            axis.plot([place] * len(curve[rank]), curve[rank], "o", color=BLUE, markersize=4, alpha=0.7)
-        axis.plot(range(len(ranks)), [fmean(curve[rank]) for rank in ranks], "o-", color=BLUE, markersize=9, mfc="none")
-        axis.set(xlabel="uniform rank of every layer", ylabel="test error", title=task)
-        axis.set(xlim=(-0.5, max(1, len(ranks)) - 0.5), xticks=range(len(ranks)), xticklabels=ranks)
-    return figure
+            for error in curve[rank]:
+                panel.mark(place, error, "dot pale c0", f"rank {rank}: a seed, {error:.4g}", size=3)
+        panel.line([(place, fmean(curve[rank])) for place, rank in enumerate(ranks)], "fine c0")
+        for place, rank in enumerate(ranks):
+            mean = fmean(curve[rank])
+            panel.mark(place, mean, "ring c0", f"rank {rank}: mean {mean:.4g} of {len(curve[rank])} seeds")
+    return draw
 
 
-@styled()
-def forest_figure(claims: Sequence[Claim]) -> Figure:
+def forest_figure(claims: Sequence[Claim]) -> Picture:
     """One line a claim: its estimate and interval in per cent, against 0 and the margin of equivalence.
 
     Args:
         claims: with finite estimates; an end of an interval that is not finite leaves the plot.
     """
     names = [claim.claim if len(claim.claim) <= _LONGEST else f"{claim.claim[: _LONGEST - 1]}…" for claim in claims]
-    left = 0.3 + 0.9 * LETTER * max(len(name) for name in names)
-    figure, ((axis,),) = grid([max(4.0, PAGE - 1.1 - left)], [0.3 * len(claims) + 0.2], left=left, right=1.1, top=0.4)
+    left = 20 + LETTER * 0.92 * max(map(len, names))
+    foot = 12.0 + 26 * len(claims)
+    draw = Picture(left + 500, foot + 46)
     finite = [abs(value) for claim in claims for value in (claim.estimate, *_ends(claim)) if value is not None]
     limit = 1.15 * max(2 * MARGIN, *finite)
-    axis.axvspan(-MARGIN, MARGIN, color="#e4e7eb", linewidth=0)
-    axis.axvline(0, color=INK, linewidth=1.0)
+    panel = Panel(draw, Scale(-limit, limit, left, left + 390), Scale(len(claims) - 0.5, -0.5, foot, 12))
+    draw.box(panel.across(-MARGIN), 12, panel.across(MARGIN) - panel.across(-MARGIN), foot - 12, "band")
+    panel.frame(x="difference of the test error (%)", y_ticks=())
+    draw.line([(panel.across(0), 12), (panel.across(0), foot)], "fine")
     for place, claim in enumerate(claims):
-        colour = _COLOURS[claim.verdict]
-        low, high = _ends(claim)
-        for end, value in ((-limit, low), (limit, high)):
-            stop = end if value is None else value
-            axis.plot([claim.estimate, stop], [place, place], color=colour, linewidth=2.0, alpha=0.6)
+        colour, (low, high) = _COLOURS[claim.verdict], _ends(claim)
+        y = panel.up(place)
+        draw.text(left - 10, y + 4, names[place], at="end", say=claim.claim)
+        starts, stops = (end if value is None else value for end, value in ((-limit, low), (limit, high)))
+        draw.put("line", f"span {colour}", x1=panel.across(starts), x2=panel.across(stops), y1=y, y2=y)
+        for end, value, arrow in ((-limit, low, "◂"), (limit, high, "▸")):
             if value is None:
-                axis.plot([end], [place], "<" if end < 0 else ">", color=colour, markersize=5, clip_on=False)
-        axis.plot([claim.estimate], [place], "o", color=colour, markersize=6)
-        axis.annotate(
-            claim.verdict, (1, place), xycoords=("axes fraction", "data"), xytext=(10, 0), textcoords="offset points",
-            va="center", color=colour,
-        )  # fmt: skip
-    axis.set(xlim=(-limit, limit), ylim=(len(claims) - 0.4, -0.6), xlabel="difference of the test error (%)")
-    axis.set_yticks(range(len(claims)), names)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="y", visible=False)
-    return figure
+                draw.text(panel.across(end), y + 4, arrow, f"name {colour}", at="middle")
+        say = f"{claim.claim}: {claim.verdict}, {claim.estimate:+.3g} %{interval_text(low, high)}"
+        panel.mark(claim.estimate, place, f"dot {colour}", say, size=5)
+        draw.text(left + 400, y + 4, claim.verdict, f"name {colour}")
+    return draw
 
 
 def _ends(claim: Claim) -> tuple[float | None, float | None]:

@@ -1,280 +1,250 @@
-"""Figures of a run: plain data in, a matplotlib Figure out; nothing is read, shown or saved here."""
+"""Figures of fine-tunes and of the alignment: plain data in, a Picture out; nothing is read or written here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from orca_rank.report.draw import COLOURS, LETTER, SHAPES, Number, Panel, Picture, Scale, scale, short, words
+from orca_rank.report.results import PARTS, Interval
 
-from orca_rank.report.canvas import (
-    BLUE,
-    COLOURS,
-    GREEN,
-    GREY,
-    INK,
-    LETTER,
-    ORANGE,
-    PAGE,
-    Number,
-    grid,
-    sheet,
-    styled,
-    words,
-)
-from orca_rank.report.results import Interval
-
-NUMBERED = 12  # marks with a number and a name in a legend; more have neither
-
-
-class Gallery(NamedTuple):
-    """Test samples with what was predicted of them: inputs (n, h, w), h = 1 for series; metric (n,); a title; the kind
-    of task. targets, predictions: fields (n, h', w'), classes (n, h', w'), vectors (n, k), or booleans and
-    probabilities (n, labels)."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    predictions: np.ndarray
-    metric: list[float]
-    input_label: str
-    kind: str = "dense"
+NUMBERED = 12  # marks with a number and lines with a name; more have neither
+_ROW = 26  # pixels of a row
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of `comparison_figure`: its name in the legend, the kind that colours it, where it stands."""
+    """A mark of `comparison_figure`: a fine-tune, or those that differ in nothing but the seed.
+
+    Args:
+        kind: colours it. parameters: where it stands. value: its mean with the interval. seeds: each one's value.
+        number: of its row in the table.
+    """
 
     name: str
     kind: str
     parameters: float
     value: Interval
+    seeds: tuple[float, ...] = ()
+    number: int = 0
 
 
-@styled()
+def comparison_figure(
+    points: Sequence[Point], lines: Mapping[str, Interval], metric: str, unit: str, counted: str
+) -> Picture:
+    """Test metric against trainable parameters; where all have as many, a row each.
+
+    Args:
+        points: as `Point` says. lines: what they are compared with, name -> value. counted: which parameters.
+    """
+    label = f"test {words(metric)} ({unit})"
+    if len({point.parameters for point in points}) < 2:
+        return _rows(points, lines, label)
+    return _against_parameters(points, lines, label, counted)
+
+
+def _against_parameters(points: Sequence[Point], lines: Mapping[str, Interval], label: str, counted: str) -> Picture:
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    draw, top = Picture(760, 352 + 18 * len(lines)), 34 if len(kinds) > 1 else 14
+    across = scale([p.parameters for p in points], 70, 735, margin=0.1, wide=4)
+    up = _clipping([p.value for p in points] + list(lines.values()), [v for p in points for v in p.seeds], 295, top)
+    panel = Panel(draw, across, up)
+    panel.frame(x=counted, y=label)
+    if len(kinds) > 1:
+        draw.legend(64, 16, [(SHAPES[i % 5], f"c{i % COLOURS} dot", kind) for i, kind in enumerate(kinds)])
+    _levels(panel, lines)
+    for point in points:
+        place = kinds.index(point.kind)
+        colour, say = f"c{place % COLOURS}", f"{point.number}. {point.name}: {_said(point)}"
+        for value in point.seeds if len(point.seeds) > 1 else ():
+            panel.mark(point.parameters, value, f"dot pale {colour}", f"{point.name}: a seed, {value:.4g}", size=3)
+        panel.span(point.parameters, *_clipped(point.value, up), colour)
+        kind = "ring" if len(point.seeds) > 1 else "dot"
+        panel.mark(point.parameters, point.value.value, f"{kind} {colour}", say, size=5, shape=SHAPES[place % 5])
+        if len(points) <= NUMBERED:
+            x, y = panel.point(point.parameters, point.value.value)
+            draw.text(x + 8, y - 6, str(point.number), "small")
+    return draw
+
+
+def _clipping(shown: Sequence[Interval], seeds: Sequence[float], start: Number, end: Number) -> Scale:
+    """A scale over 0 and all values, and over intervals as far as half of that more: those of two seeds have no end."""
+    values = [one.value for one in shown] + list(seeds)
+    low, high = min(values), max(values)
+    if low > 0 and high > 20 * low:
+        return scale(values, start, end)
+    low = min(0.0, low)
+    room = 0.5 * ((high - low) or 1.0)
+    return scale([low, *values, *(min(max(one, low), high + room) for one in _ends(shown))], start, end)
+
+
+def _clipped(one: Interval, up: Scale) -> tuple[float, float]:
+    """The ends of an interval as far as the scale goes; without an interval the value itself."""
+    low, high = (one.value if end is None else end for end in (one.low, one.high))
+    return max(low, up.low), min(high, up.high)
+
+
+def _rows(points: Sequence[Point], lines: Mapping[str, Interval], label: str) -> Picture:
+    """A row each, smallest value first."""
+    rows = [(f"{point.number}. {point.name}", point.value, point.seeds, "c0") for point in points]
+    rows = sorted([*rows, *((name, value, (), "c6") for name, value in lines.items())], key=lambda row: row[1].value)
+    left = 20 + LETTER * max(len(name) for name, *_ in rows)
+    draw = Picture(left + 420, 62 + _ROW * len(rows))
+    shown = [row[1] for row in rows]
+    across = _clipping(shown, [seed for row in rows for seed in row[2]], left, draw.width - 60)
+    panel = Panel(draw, across, Scale(0, len(rows), 10, 10 + _ROW * len(rows)))
+    foot = 10 + _ROW * len(rows)
+    for value in across.ticks(4):
+        draw.put("line", "grid", x1=across(value), x2=across(value), y1=10, y2=foot)
+        draw.text(across(value), foot + 16, short(value), "small", at="middle")
+    draw.text((left + draw.width - 60) / 2, foot + 36, label, at="middle")
+    for place, (name, one, seeds, colour) in enumerate(rows):
+        x, y = panel.point(one.value, place + 0.5)
+        draw.text(left - 12, y + 4, name, at="end")
+        for seed in seeds if len(seeds) > 1 else ():
+            panel.mark(seed, place + 0.5, f"dot pale {colour}", f"{name}: a seed, {seed:.4g}", size=3)
+        low, high = _clipped(one, across)
+        draw.put("line", f"span {colour}", x1=across(low), x2=across(high), y1=y, y2=y)
+        draw.mark(x, y, f"{'ring' if len(seeds) > 1 else 'dot'} {colour}", f"{name}: {one.value:.4g}", size=5)
+        draw.text(x + 10, y - 6, short(one.value), "small")
+    return draw
+
+
+def _levels(panel: Panel, lines: Mapping[str, Interval]) -> None:
+    """A dashed line for each with its interval as a band; their names below the axes."""
+    draw, up = panel.picture, panel.up
+    left, right = panel.ends(panel.across)
+    for place, (name, one) in enumerate(sorted(lines.items(), key=lambda pair: -pair[1].value)):
+        y, colour, (low, high) = up(one.value), f"c{(place + 2) % COLOURS}", _clipped(one, up)
+        if low < high:
+            draw.box(left, up(high), right - left, up(low) - up(high), f"bar {colour}", shade=0.1)
+        draw.line([(left, y), (right, y)], f"dash {colour}", f"{name}: {_interval_text(one)}")
+        draw.legend(64, 350 + 18 * place, [("-", f"dash {colour}", f"{name}: {_interval_text(one)}")])
+
+
+def _ends(values: Iterable[Interval]) -> list[float]:
+    found = [one for value in values for one in (value.value, value.low, value.high)]
+    return [one for one in found if one is not None]
+
+
+def _said(point: Point) -> str:
+    seeds = f", {len(point.seeds)} seeds" if len(point.seeds) > 1 else ""
+    return f"{_interval_text(point.value)}, {point.parameters:,.0f} parameters{seeds}"
+
+
+def _interval_text(one: Interval) -> str:
+    ends = "" if one.low is None or one.high is None else f" [{one.low:.4g}, {one.high:.4g}]"
+    return f"{one.value:.4g}{ends}"
+
+
 def alignment_figure(
     curve: Sequence[Mapping[str, Number]], distances: Mapping[str, tuple[Interval, Interval]], objective: str
-) -> Figure:
+) -> Picture:
     """The alignment's objective per epoch, and distances on held-out data before and after.
 
     Args:
-        curve: rows with `epoch` and `loss`, and `lr` where it is known.
-        distances: name -> (before, after); may be empty.
-        objective: what `loss` is, for the axis.
+        curve: rows with `epoch` and `loss`, and `lr` where it is known. distances: name -> (before, after); may be
+            empty. objective: what `loss` is, for the axis.
     """
-    shares, room = [*([2.4] if curve else []), *[1.0] * len(distances)], PAGE - 0.95 + 0.75
-    wide = min(1.9, (room - 0.75 * len(shares)) / sum(shares))
-    figure, (axes,) = grid([wide * share for share in shares], [2.3], across=0.75)
+    start = 420 if curve else 0
+    draw = Picture(max(start, start + 190 * len(distances)), 240)
     if curve:
-        axis = axes.pop(0)
-        axis.plot([row["epoch"] for row in curve], [row["loss"] for row in curve], color=BLUE, marker="o", markersize=3)
-        steps = [row["epoch"] - 0.5 for before, row in pairwise(curve) if row.get("lr") != before.get("lr")]
-        for step in steps:
-            axis.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
-        note = " (dotted: the learning rate changes)" if steps else ""
-        axis.set(xlabel=f"epoch{note}", ylabel=objective, title="objective in training")
-        _whole_epochs(axis)
-    for axis, (name, pair) in zip(axes, distances.items(), strict=True):
-        for place, (one, colour) in enumerate(zip(pair, (GREY, BLUE), strict=True)):
-            _interval(axis, place, one, colour)
-        axis.axhline(0, color=INK, linewidth=0.8)
-        axis.set(xlim=(-0.4, 1.9), ylabel=name, title="held-out data")
-        axis.set_xticks([0, 1], ["before", "after"])
-        axis.margins(y=0.15)
-    return figure
+        epochs = [row["epoch"] for row in curve]
+        panel = Panel(
+            draw, Scale(min(epochs) - 0.5, max(epochs) + 0.5, 70, 400), scale([r["loss"] for r in curve], 190, 34)
+        )
+        panel.frame(title="in training", x="epoch", y=objective, x_ticks=_epochs(epochs))
+        for before, row in pairwise(curve):
+            if row.get("lr") != before.get("lr"):
+                panel.picture.line([panel.point(row["epoch"] - 0.5, end) for end in (panel.up.low, panel.up.high)],
+                                   "dash fine c6", f"the learning rate changes to {row.get('lr', 0):.3g}")  # fmt: skip
+        panel.line([(row["epoch"], row["loss"]) for row in curve], "c0")
+        for row in curve:
+            panel.mark(row["epoch"], row["loss"], "dot c0", f"epoch {row['epoch']:.0f}: {row['loss']:.4g}", size=3)
+    for number, (name, pair) in enumerate(distances.items()):
+        left = start + 190 * number + 62
+        panel = Panel(draw, Scale(-0.5, 1.9, left, left + 120), scale([0.0, *_ends(pair)], 190, 34, zero=True))
+        panel.frame(title=name, x_ticks=[(0, "before"), (1, "after")])
+        for place, (one, kind) in enumerate(zip(pair, ("c6", "c0"), strict=True)):
+            panel.span(place, one.low, one.high, kind)
+            panel.mark(place, one.value, f"dot {kind}", f"{name} {('before', 'after')[place]}: {_interval_text(one)}")
+            x, y = panel.point(place, one.value)
+            draw.text(x + 9, y + 4, short(one.value), "small")
+    return draw
 
 
-def _interval(axis: Axes, x: Number, estimate: Interval, colour: str) -> None:
-    if estimate.low is not None and estimate.high is not None:
-        axis.plot([x, x], [estimate.low, estimate.high], color=colour, linewidth=2.2, alpha=0.55)
-    axis.plot([x], [estimate.value], marker="o", markersize=7, color=colour, linestyle="none")
-    axis.annotate(f"{estimate.value:.3g}", (x, estimate.value), xytext=(8, 0), textcoords="offset points", va="center")
-
-
-@styled()
-def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric: str, unit: str) -> Figure:
+def learning_curves(curves: Mapping[str, Sequence[Mapping[str, Number]]], metric: str, unit: str) -> Picture:
     """Training loss and validation metric of every fine-tune by epoch.
 
     Args:
-        curves: tag -> rows with `epoch`, `train/loss` and `val/<metric>`; a missing value is left out.
+        curves: name -> rows with `epoch`, `train/loss` and `val/<metric>`; a missing value is left out.
         metric: its name, as in the rows. unit: for the axis.
     """
     named = len(curves) <= NUMBERED
-    figure, (panels,) = grid([4.45, 4.45], [2.6], across=0.95, right=0.25, bottom=_legend_room(len(curves)))
-    for axis, column, label in zip(
-        panels, ("train/loss", f"val/{metric}"), ("training loss", _label(metric, unit)), strict=True
-    ):
-        values: list[Number] = []
-        for number, (tag, rows) in enumerate(curves.items()):
-            points = [(row["epoch"], row[column]) for row in rows if row.get(column) is not None]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            values += y
-            style = _line(number) | ({"marker": "o", "markersize": 4} if len(points) == 1 else {})
-            axis.plot(x, y, label=f"{number + 1}  {tag}", **style, alpha=1.0 if named else 0.5)
-            if named:
-                axis.annotate(str(number + 1), (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points", va="center")
-        axis.set(xlabel="epoch", ylabel=label, title="training" if column == "train/loss" else "validation")
-        _log_if_wide(axis, values)
-        _whole_epochs(axis)
-    _legend(figure, panels[0], len(curves))
-    return figure
+    draw = Picture(960, 270 + (18 * -(-len(curves) // 2) if named else 0))
+    titles = {"train/loss": "training loss", f"val/{metric}": f"validation {words(metric)} ({unit})"}
+    epochs = [row["epoch"] for rows in curves.values() for row in rows]
+    for number, (column, title) in enumerate(titles.items()):
+        found = {
+            name: [(row["epoch"], row[column]) for row in rows if row.get(column) is not None]
+            for name, rows in curves.items()
+        }
+        left = 60 + 480 * number
+        up = scale([y for points in found.values() for _, y in points], 215, 34)
+        panel = Panel(draw, Scale(min(epochs) - 0.2, max(epochs) + 0.5, left, left + 395), up)
+        panel.frame(title=title, x="epoch", x_ticks=_epochs(epochs))
+        for place, (name, points) in enumerate(found.items()):
+            kind = f"c{place % COLOURS}{' dash' if place // COLOURS % 2 else ''}{'' if named else ' pale'}"
+            if len(points) == 1:
+                panel.mark(*points[0], f"dot {kind}", f"{name}: {points[0][1]:.4g}", size=3)
+            elif points:
+                panel.line(points, kind, f"{name}: {points[-1][1]:.4g} in the last epoch")
+            if points and named:
+                x, y = panel.point(*points[-1])
+                draw.text(x + 5, y + 4, str(place + 1), "small")
+    for place, name in enumerate(curves if named else ()):
+        kind = f"c{place % COLOURS}{' dash' if place // COLOURS % 2 else ''}"
+        draw.legend(54 + 480 * (place % 2), 278 + 18 * (place // 2), [("-", kind, f"{place + 1}  {name}")])
+    return draw
 
 
-@styled()
-def comparison_figure(points: Sequence[Point], metric: str, unit: str, baselines: Mapping[str, Number]) -> Figure:
-    """Test metric against trainable parameters, one mark a point, numbered in their order.
-
-    Args:
-        points: fine-tunes, or means over seeds. metric, unit: for the axis. baselines: name -> value, dashed lines.
-    """
-    figure, ((axis,),) = grid([9.9], [2.8], right=0.2, bottom=_legend_room(len(points)))
-    kinds = list(dict.fromkeys(point.kind for point in points))
-    for number, point in enumerate(points):
-        kind = kinds.index(point.kind)
-        colour = COLOURS[kind % len(COLOURS)]
-        place = (point.parameters, point.value.value)
-        if point.value.low is not None and point.value.high is not None:
-            axis.plot([place[0]] * 2, [point.value.low, point.value.high], color=colour, linewidth=1.8, alpha=0.55)
-        marker = "osD^vPX"[kind % 7]
-        label = f"{number + 1}  {point.name}"
-        axis.plot([place[0]], [place[1]], marker, color=colour, markersize=8, label=label)
-        if len(points) <= NUMBERED:
-            axis.annotate(str(number + 1), place, xytext=(6, 5), textcoords="offset points")
-    _baselines(axis, baselines)
-    sizes = sorted({point.parameters for point in points})
-    if sizes[0] > 0 and sizes[-1] > 5 * sizes[0]:
-        axis.set_xscale("log")
-    elif len(sizes) == 1:
-        axis.set_xticks(sizes, [f"{sizes[0]:,.0f}"])
-    else:
-        axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.set(xlabel="trainable parameters", ylabel=f"test {_label(metric, unit)}")
-    axis.margins(x=0.12, y=0.18)
-    values = [point.value.value for point in points]
-    _log_if_wide(axis, values + list(baselines.values()))
-    if axis.get_yscale() == "linear":
-        axis.set_ylim(bottom=min(0.0, *values))
-    _legend(figure, axis, len(points))
-    return figure
-
-
-@styled()
-def parts_figure(parts: Mapping[str, Mapping[str, int]]) -> Figure:
-    """Trainable parameters by part, one stacked bar a row.
+def parts_figure(parts: Mapping[str, Mapping[str, int]]) -> Picture:
+    """Trainable parameters, a row a model: those of the adapter on an axis of their own, the rest by part on another.
 
     Args:
         parts: row -> {"adapter", "embedder", "predictor", "other"} in parameters.
     """
-    left = 0.3 + LETTER * max(len(row) for row in parts)
-    figure, ((axis,),) = grid([max(5.0, PAGE - 0.15 - left)], [0.36 * len(parts)], left=left, top=0.4)
-    names = ("adapter", "embedder", "predictor", "other")
-    start = np.zeros(len(parts))
-    for name, colour in zip(names, (BLUE, ORANGE, GREEN, GREY), strict=True):
-        width = np.array([float(row.get(name, 0)) for row in parts.values()])
-        if width.any():
-            axis.barh(list(parts), width, left=start, color=colour, label=name, height=0.62)
-        start += width
-    for place, total in enumerate(start):
-        axis.annotate(f"{int(total):,}", (total, place), xytext=(5, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(len(parts)), list(parts))
-    axis.set_ylim(len(parts) - 0.5, -0.5)
-    axis.grid(axis="y", visible=False)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.set(xlabel="trainable parameters", xlim=(0, max(1.0, 1.14 * start.max())))
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(names), borderaxespad=0.2)
-    return figure
+    left = 20 + LETTER * max(len(row) for row in parts)
+    draw = Picture(left + 720, 58 + _ROW * len(parts))
+    rest = [name for name in PARTS if name != "adapter"]
+    sums = {row: sum(one.get(name, 0) for name in rest) for row, one in parts.items()}
+    own = max([1, *(one.get("adapter", 0) for one in parts.values())])
+    adapter, other = Scale(0, own, left, left + 270), Scale(0, max([1, *sums.values()]), left + 360, left + 640)
+    draw.text(left, 16, "adapter", "head")
+    draw.legend(left + 352, 16, [("s", f"bar c{place + 1}", name) for place, name in enumerate(rest)])
+    for place, (row, one) in enumerate(parts.items()):
+        y = 28 + _ROW * place
+        draw.text(left - 10, y + 13, row, at="end")
+        count = one.get("adapter", 0)
+        draw.box(left, y, adapter(count) - left, 17, "bar c0", f"{row}: {count:,} in the adapter")
+        draw.text(adapter(count) + 6, y + 13, f"{count:,}", "small")
+        start = 0
+        for colour, name in enumerate(rest, 1):
+            if count := one.get(name, 0):
+                draw.box(other(start), y, other(start + count) - other(start), 17, f"bar c{colour}",
+                         f"{row}: {count:,} in the {name}")  # fmt: skip
+                start += count
+        draw.text(other(start) + 6, y + 13, f"{start:,}", "small")
+    foot = 28 + _ROW * len(parts)
+    for axis in (adapter, other):
+        draw.put("line", "axis", x1=axis.start, x2=axis.end, y1=foot, y2=foot)
+        for value in axis.ticks(3):
+            draw.text(axis(value), foot + 16, short(value), "small soft", at="middle")
+    return draw
 
 
-@styled()
-def gallery_figure(
-    inputs: Float[np.ndarray, "n h w"],
-    targets: Float[np.ndarray, "n hh ww"],
-    predictions: Float[np.ndarray, "n hh ww"],
-    errors: Sequence[Number],
-    input_label: str,
-) -> Figure:
-    """Input, target, prediction and their difference, one row a test sample.
-
-    Args:
-        inputs: what the network sees, one channel. targets, predictions: in physical units.
-        errors: metric of every sample. input_label: title of the first column.
-    """
-    wide, bar, tall = 2.0, 0.62, 2.0 * targets.shape[1] / targets.shape[2]
-    left = [0.1 + column * (wide + bar + 0.1) for column in range(4)]
-    figure, axis = sheet(left[3] + wide + bar + 0.1, 0.3 + len(inputs) * (tall + 0.3))
-    for x, title in zip(left, (input_label, "target", "prediction", "prediction − target"), strict=True):
-        axis.text(x, 0.2, title, fontsize=10, fontweight="bold")
-    for number, (error, x, y, guess) in enumerate(zip(errors, inputs, targets, predictions, strict=True)):
-        top = 0.3 + number * (tall + 0.3)
-        low, high = float(min(y.min(), guess.min())), float(max(y.max(), guess.max()))
-        limit = float(np.abs(guess - y).max()) or 1.0
-        for place, field, colours, ends in (
-            (left[0], x, "Greys", (float(x.min()), float(x.max()))),
-            (left[1], y, "viridis", (low, high)),
-            (left[2], guess, "viridis", (low, high)),
-            (left[3], guess - y, "RdBu_r", (-limit, limit)),
-        ):
-            box = (place, place + wide, top + tall, top)
-            axis.imshow(field, colours, vmin=ends[0], vmax=ends[1], extent=box, aspect="auto")
-            _colour_bar(axis, place + wide + 0.05, top, tall, colours, ends)
-        axis.text(left[3] + wide / 2, top + tall + 0.17, f"relative L2 {error:.3f}", ha="center")
-    axis.set(xlim=(0, figure.get_figwidth()), ylim=(figure.get_figheight(), 0))
-    return figure
-
-
-def _colour_bar(axis: Axes, x: Number, top: Number, tall: Number, colours: str, ends: tuple[Number, Number]) -> None:
-    """A strip of all colours with the values at its ends."""
-    strip = np.linspace(ends[1], ends[0], 128)[:, None]
-    axis.imshow(strip, colours, vmin=ends[0], vmax=ends[1], extent=(x, x + 0.08, top + tall, top), aspect="auto")
-    for y, value, side in ((top, ends[1], "top"), (top + tall, ends[0], "bottom")):
-        near_zero = abs(value) < 1e-3 * (ends[1] - ends[0])
-        axis.text(x + 0.11, y, "0" if near_zero else f"{value:.2g}", fontsize=7.5, va=side)
-
-
-def _label(metric: str, unit: str) -> str:
-    return f"{words(metric)}\n({unit})"
-
-
-def _line(number: int) -> dict[str, Any]:
-    """Colour and dashes of the fine-tune of this number: colours repeat with other dashes."""
-    dashes = ("-", "--", ":", "-.")
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes[number // len(COLOURS) % len(dashes)]}
-
-
-def _baselines(axis: Axes, baselines: Mapping[str, Number]) -> None:
-    for number, (name, value) in enumerate(baselines.items()):
-        axis.axhline(value, color=INK, linewidth=1.1, linestyle=("--", ":")[number % 2])
-        axis.annotate(
-            f"{name}: {value:.4g}", (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-            textcoords="offset points", ha="right", fontsize=8,
-        )  # fmt: skip
-
-
-def _legend_room(count: int) -> Number:
-    """Inches below the axes for their labels and a legend of so many entries in two columns."""
-    return 0.6 + (0.19 * -(-count // 2) if count <= NUMBERED else 0.0)
-
-
-def _legend(figure: Figure, axis: Axes, count: int) -> None:
-    if count <= NUMBERED:
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.06, 0), ncols=2, borderaxespad=0.1)
-
-
-def _log_if_wide(axis: Axes, values: Sequence[Number]) -> None:
-    """A logarithmic axis where positive values span more than a factor of 20."""
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        axis.set_yscale("log")
-
-
-def _whole_epochs(axis: Axes) -> None:
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+def _epochs(epochs: Sequence[Number]) -> list[tuple[Number, str]]:
+    last = int(max(epochs, default=0))
+    step = max(1, -(-last // 8))
+    return [(epoch, str(epoch)) for epoch in range(int(min(epochs, default=0)), last + 1, step)]

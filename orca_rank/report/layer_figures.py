@@ -1,4 +1,4 @@
-"""Figures with one mark a layer: gaps, ranks and spectra along a network of up to some 150 layers."""
+"""Figures with one mark a layer: gaps above ranks, plans as tables of blocks, spectra, posteriors, agreement."""
 
 from __future__ import annotations
 
@@ -8,31 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from jaxtyping import Float
 
 from orca_rank.measuring.records import Gap, Layer, Spectrum
-from orca_rank.report.canvas import (
-    BLUE,
-    COLOURS,
-    GREY,
-    INK,
-    LETTER,
-    PAGE,
-    SKY,
-    VERMILLION,
-    Number,
-    grid,
-    sheet,
-    styled,
-    words,
-)
+from orca_rank.report.draw import COLOURS, LETTER, SHAPES, Number, Panel, Picture, Scale, scale, short, words
 
 SIGNIFICANT = 0.05
 _BLOCK = re.compile(r"^(?:(?:layers|stages)\.(\d+)\.)?blocks\.(\d+)\.(.+)$")
-_LABELLED = 170  # positions that still get a label each
+_STEP, _LEFT = 15.0, 66.0  # pixels between layers, and left of the first
+_POINTS = 96  # of a spectrum that are drawn
 
 
 @dataclass(frozen=True)
@@ -86,206 +70,206 @@ def _is_qkv(last: Place, new: Place) -> bool:
     return set(last.kind.split()) | {new.kind} <= {"q", "k", "v"}
 
 
-@styled()
-def gap_figure(targets: Mapping[str, Sequence[Layer]]) -> Figure:
-    """Calibrated gap per layer in network order, one panel a metric, all targets side by side.
-
-    Bars are intervals, the line at 0 is what no difference would give, filled marks have p < 0.05 (`p_family`, for all
-    layers together, where it is known).
-
-    Args:
-        targets: name of the target -> its layers, in the order of the first target; q, k and v share a mark where all
-            their gaps are equal.
-    """
-    gaps = {target: {layer.name: layer.gap for layer in layers} for target, layers in targets.items()}
-    names = [layer.name for layer in next(iter(targets.values()))]
-    metrics = list(dict.fromkeys(metric for by_name in gaps.values() for gap in by_name.values() for metric in gap))
-    along = places(names, {name: [by_name.get(name) for by_name in gaps.values()] for name in names})
-    figure, axes = _panels(along, len(metrics), 1.75)
-    for axis, metric in zip(axes, metrics, strict=True):
-        for number, (target, by_name) in enumerate(gaps.items()):
-            shift = 0.3 * (number - (len(gaps) - 1) / 2)
-            rows = [(place.x + shift, by_name[place.names[0]][metric]) for place in along
-                    if metric in by_name.get(place.names[0], {})]  # fmt: skip
-            _gap_marks(axis, rows, COLOURS[number % len(COLOURS)], "osD^vPX"[number % 7], target)
-        axis.axhline(0, color=INK, linewidth=1.0)
-        axis.set_title(words(metric), pad=18 if axis is axes[0] else 6)
-        axis.set_ylabel("gap (no unit)")
-    _layer_axis(axes, along)
-    handles, labels = axes[0].get_legend_handles_labels()
-    for filled, label in ((True, f"p < {SIGNIFICANT:g}"), (False, f"p ≥ {SIGNIFICANT:g}")):
-        handles += axes[0].plot([], [], "o", color=GREY, markerfacecolor=GREY if filled else "white", markersize=5)
-        labels.append(label)
-    _top_legend(figure, handles, labels)
-    return figure
-
-
-def _gap_marks(axis: Axes, rows: Sequence[tuple[float, Gap]], colour: str, marker: str, label: str) -> None:
-    ends = [(x, gap.low, gap.high) for x, gap in rows if gap.low is not None and gap.high is not None]
-    if ends:
-        axis.vlines(*zip(*ends, strict=True), color=colour, linewidth=1.6, alpha=0.55)
-    for filled in (True, False):
-        points = [(x, gap.value) for x, gap in rows if significant(gap) == filled]
-        axis.plot(
-            [x for x, _ in points],
-            [value for _, value in points],
-            linestyle="none",
-            marker=marker,
-            markersize=4.6,
-            color=colour,
-            markerfacecolor=colour if filled else "white",
-            label=label if filled else None,
-        )
-
-
 def significant(gap: Gap) -> bool:
     """Whether the gap's p-value, for all layers together where that is known, is below 0.05."""
     p = gap.p if gap.p_family is None else gap.p_family
     return p is not None and p < SIGNIFICANT
 
 
-@styled()
-def rank_figure(plans: Mapping[str, Mapping[str, int]], gap: Mapping[str, Number], metric: str = "") -> Figure:
-    """Rank per layer in network order, one panel a plan, with the gap drawn over it on a second axis.
+def gap_figure(
+    targets: Mapping[str, Sequence[Layer]], metric: str, plans: Mapping[str, Mapping[str, int]], even: Number | None
+) -> Picture:
+    """Calibrated gap per layer above the ranks of every plan, on one axis of layers in network order.
+
+    Upright lines are intervals, the line at 0 is what no difference would give, filled marks have p < 0.05 (`p_family`,
+    for all layers together, where it is known).
 
     Args:
-        plans: title -> {layer: rank}; layers in network order. gap: {layer: gap}; may be empty. metric: its name.
+        targets: name of the target -> its layers, in the order of the first target. metric: of the gaps.
+        plans: title -> layer -> rank. even: the rank that costs as much as the first plan if all layers have it.
     """
-    names = list(dict.fromkeys(name for ranks in plans.values() for name in ranks))
+    gaps = {target: {layer.name: layer.gap.get(metric) for layer in layers} for target, layers in targets.items()}
+    names = [layer.name for layer in next(iter(targets.values()), ())] or list(next(iter(plans.values())))
     along = places(names)
-    figure, axes = _panels(along, len(plans), 1.55)
-    shared: tuple[list[Any], list[Any]] = ([], [])
-    for axis, (title, ranks) in zip(axes, plans.items(), strict=True):
-        shown = [(place.x, ranks[place.names[0]]) for place in along if place.names[0] in ranks]
-        bars = [[(x - 0.41, 0), (x - 0.41, rank), (x + 0.41, rank), (x + 0.41, 0)] for x, rank in shown]
-        axis.add_collection(PolyCollection(bars, color=SKY, linewidth=0, label="rank (left)"))
-        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.set(ylabel="rank", ylim=(0, 1.15 * max(1, *(rank for _, rank in shown))))
-        axis.set_title(title, pad=18 if axis is axes[0] else 6)
-        if gap:
-            other = axis.twinx()
-            other.grid(visible=False)
-            other.spines["right"].set(visible=True, color=VERMILLION)
-            other.tick_params(axis="y", colors=VERMILLION)
-            points = [(place.x, gap[place.names[0]]) for place in along if place.names[0] in gap]
-            label = f"{words(metric)} gap (right)"
-            other.plot(
-                *zip(*points, strict=True), color=VERMILLION, marker="o", markersize=3, linewidth=0.9, label=label
-            )
-            top = max(value for _, value in points)
-            other.set_ylim(min(0.0, 1.1 * min(value for _, value in points)), 1.15 * top if top > 0 else 1.0)
-            other.set_ylabel("gap (no unit)", color=VERMILLION)
-            shared = other.get_legend_handles_labels()
-    _layer_axis(axes, along)
-    handles, labels = axes[0].get_legend_handles_labels()
-    _top_legend(figure, handles + shared[0], labels + shared[1])
-    return figure
+    tall, low = 210.0 if gaps else 0.0, 92.0
+    top = 62.0
+    draw = Picture(max(640.0, _LEFT + _STEP * (along[-1].x + 2) + 20), top + tall + (low + 34) * len(plans) + 64)
+    across = Scale(-1, along[-1].x + 1, _LEFT, _LEFT + _STEP * (along[-1].x + 2))
+    foot = draw.height - 64
+    _blocks(draw, along, across, top, foot)
+    if gaps:
+        _gap_panel(draw, across, top, top + tall - 12, gaps, along)
+    for number, (title, ranks) in enumerate(plans.items()):
+        start = top + tall + (low + 34) * number + 26
+        most = max([1.0, even or 0.0, *map(float, ranks.values())])
+        panel = Panel(draw, across, Scale(0, 1.08 * most, start + low, start))
+        panel.frame(title=title, y="rank", x_ticks=(), y_ticks=_whole(most))
+        for place in along:
+            rank = ranks.get(place.names[0], 0)
+            x, y = panel.point(place.x, rank)
+            draw.box(x - 5, y - (1 if rank == 0 else 0), 10, max(1.0, start + low - y), "bar c5",
+                     f"{place.names[0]}: rank {rank}")  # fmt: skip
+        if even is not None:
+            panel.line([(across.low, even), (across.high, even)], "dash fine c1", f"uniform at as many: {even:.2f}")
+    for place in along:
+        draw.text(across(place.x) + 4, foot + 8, place.kind, "small", at="end", turn=-90)
+    draw.text(_LEFT, draw.height - 4, "layers in network order; above: stage.block", "small soft")
+    return draw
 
 
-@styled()
-def spectra_figure(spectra: Mapping[str, Spectrum], title: str, columns: int = 6) -> Figure:
-    """Singular values of every layer against their null line, small panels in network order.
+def _gap_panel(
+    draw: Picture, across: Scale, top: Number, foot: Number,
+    gaps: Mapping[str, Mapping[str, Gap | None]], along: Sequence[Place],
+) -> None:  # fmt: skip
+    known = [gap for by_name in gaps.values() for gap in by_name.values() if gap is not None]
+    ends = [one for gap in known for one in (gap.value, gap.low, gap.high) if one is not None]
+    panel = Panel(draw, across, scale([0.0, *ends], foot, top, zero=True))
+    panel.frame(y="gap (no unit)", x_ticks=())
+    draw.line([panel.point(across.low, 0), panel.point(across.high, 0)], "fine", "no difference")
+    entries = [(SHAPES[i % 5], f"dot c{i % COLOURS}", name) for i, name in enumerate(gaps)]
+    draw.legend(_LEFT - 8, 14, [*entries, ("o", "dot c6", f"p < {SIGNIFICANT:g}"), ("o", "ring c6", "not")])
+    for number, (target, by_name) in enumerate(gaps.items()):
+        colour, shift = f"c{number % COLOURS}", 0.24 * (number - (len(gaps) - 1) / 2)
+        for place in along:
+            gap = by_name.get(place.names[0])
+            if gap is None:
+                continue
+            panel.span(place.x + shift, gap.low, gap.high, colour)
+            kind = "dot" if significant(gap) else "ring"
+            panel.mark(place.x + shift, gap.value, f"{kind} {colour}", f"{place.names[0]}, {target}: {_gap_text(gap)}",
+                       size=3.6, shape=SHAPES[number % 5])  # fmt: skip
+
+
+def _gap_text(gap: Gap) -> str:
+    ends = "" if gap.low is None or gap.high is None else f" [{gap.low:.3g}, {gap.high:.3g}]"
+    p = gap.p if gap.p_family is None else gap.p_family
+    return f"{gap.value:.3g}{ends}" + ("" if p is None else f", p = {p:.2g}")
+
+
+def _blocks(draw: Picture, along: Sequence[Place], across: Scale, top: Number, foot: Number) -> None:
+    """Names of blocks above; every second stage (or block, where there are no stages) shaded."""
+    blocks = list(dict.fromkeys(place.block for place in along))
+    stages = list(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
+    for number, block in enumerate(blocks):
+        own = [place.x for place in along if place.block == block]
+        order = stages.index(block.rpartition(".")[0]) if len(stages) > 1 else number
+        left, right = across(own[0] - 0.9), across(own[-1] + 0.9)
+        if order % 2 == 0:
+            draw.box(left, top - 4, right - left, foot - top + 4, "band")
+        draw.text((left + right) / 2, top - 10, block, "small soft", at="middle")
+
+
+def _whole(most: Number) -> list[tuple[Number, str]]:
+    step = max(1, round(most / 4))
+    return [(float(rank), str(rank)) for rank in range(0, int(most) + 1, step)]
+
+
+def table_figure(columns: Mapping[str, Mapping[str, Number]], colours: Mapping[str, str]) -> Picture:
+    """Values of layers as tables of block × kind of layer beside each other; strong colours are large.
+
+    Args:
+        columns: title -> layer -> value, at least 0 where it is shaded. colours: title -> a name; tables of one name
+            share a colour and a scale.
+    """
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    along = [place_of(name) for name in names]
+    blocks, kinds = (list(dict.fromkeys(getattr(one, what) for one in along)) for what in ("block", "kind"))
+    left = 18 + LETTER * max(map(len, blocks))
+    wide = 34 if len(columns) < 4 else 28
+    each = max(left + wide * len(kinds) + 26, left + 16 + 7.9 * max(map(len, columns)) - 18)
+    row = max(1, min(len(columns), int(1040 // each)))
+    tall = 64 + 20 * len(blocks)
+    draw = Picture(each * row, tall * -(-len(columns) // row))
+    scales = list(dict.fromkeys(colours.values()))
+    for number, (title, values) in enumerate(columns.items()):
+        x0, y0 = each * (number % row) + left, tall * (number // row) + 44
+        shared = [v for other, found in columns.items() if colours[other] == colours[title] for v in found.values()]
+        most = max([1e-12, *shared])
+        draw.text(x0, y0 - 26, title, "head")
+        for place, kind in enumerate(kinds):
+            draw.text(x0 + wide * (place + 0.5), y0 - 8, kind, "small soft", at="middle")
+        for place, block in enumerate(blocks):
+            draw.text(x0 - 8, y0 + 20 * place + 14, block, "small soft", at="end")
+        for name, value in values.items():
+            one = place_of(name)
+            x, y = x0 + wide * kinds.index(one.kind), y0 + 20 * blocks.index(one.block)
+            shade = max(0.0, min(1.0, value / most))
+            draw.box(x, y, wide, 20, f"cell c{(0, 1)[scales.index(colours[title]) % 2]}", f"{name}: {value:.3g}",
+                     shade=0.03 + 0.92 * shade)  # fmt: skip
+            inside = " inside" if shade > 0.6 else ""
+            draw.text(x + wide / 2, y + 14, short(round(value, 1)), f"small{inside}", at="middle")
+    return draw
+
+
+def spectra_figure(spectra: Mapping[str, Spectrum], columns: int = 6) -> Picture:
+    """Singular values of every layer against their null line, small panels, each from 0 to its largest.
 
     q, k and v share a panel where their spectra are equal.
-
-    Args:
-        spectra: by layer. title: what they are of. columns: panels a row.
     """
     along = places(list(spectra), spectra)
-    wide, tall, left, top = 1.55, 0.85, 0.1, 0.75  # of a panel, and where the first one starts
-    rows = -(-len(along) // columns)
-    figure, axis = sheet(left + columns * (wide + 0.2), top + rows * (tall + 0.5))
-    curves, fills, nulls = [], [], []
+    wide, tall = 150, 84
+    draw = Picture(10 + columns * (wide + 18), 8 + -(-len(along) // columns) * (tall + 44))
     for number, place in enumerate(along):
         spectrum = spectra[place.names[0]]
-        values, null = np.array(spectrum.singular_values), spectrum.null
-        above = int((values > null).sum()) if null is not None else 0
-        x0, y0 = left + number % columns * (wide + 0.2), top + number // columns * (tall + 0.5) + tall
-        x = x0 + wide * (np.arange(len(values)) + 0.5) / len(values)
-        high = 1.05 * max(float(values[0]), null or 0.0) or 1.0
-        y = y0 - tall * values / high
-        curves.append(np.stack([x, y], 1))
+        values, null = spectrum.singular_values, spectrum.null
+        x0, y0 = 10 + number % columns * (wide + 18), 26 + number // columns * (tall + 44)
+        across = Scale(0, max(1, len(values)), x0, x0 + wide)
+        up = Scale(0, 1.05 * max(values[0], null or 0.0) or 1.0, y0 + tall, y0)
+        count = "" if spectrum.rank is None else f": {spectrum.rank} above"
+        say = f"{place.names[0]}: {len(values)} values, largest {values[0]:.3g}" + (
+            "" if null is None else f", noise reaches {null:.3g}, {spectrum.rank} lie above"
+        )
+        draw.box(x0, y0, wide, tall, "band", say)
+        drawn = sorted({round(i) for i in np.linspace(0, len(values) - 1, min(_POINTS, len(values)))})
+        draw.line([(across(i + 0.5), up(values[i])) for i in drawn], "c0")
         if null is not None:
-            nulls.append([(x0, y0 - tall * null / high), (x0 + wide, y0 - tall * null / high)])
-            fills.append([(x[0], y0), *zip(x[:above], y[:above], strict=True), (x[max(above, 1) - 1], y0)])
-        count = f": {above} above" if null is not None else ""
-        axis.text(x0, y0 - tall - 0.08, f"{place.block} {place.kind}{count}", fontsize=7.5)
-        axis.text(x0 + wide, y0 - tall - 0.08, f"{values[0]:.3g}", fontsize=6.5, ha="right", color=GREY)
-        axis.text(x0 + wide, y0 + 0.12, str(len(values)), fontsize=6.5, ha="right", color=GREY)
-    axis.add_collection(PolyCollection(fills, color=SKY, alpha=0.5, linewidth=0))
-    axis.add_collection(LineCollection(curves, color=BLUE, linewidth=1.1))
-    axis.add_collection(LineCollection(nulls, color=VERMILLION, linewidth=1.1, linestyle="--"))
-    axis.text(left, 0.2, title, fontsize=10, fontweight="bold")
-    note = "each panel from 0 to the largest value (its right upper corner) and over all values (their number below)"
-    axis.text(left, 0.38, note, fontsize=8.5)
-    return figure
+            draw.line([(x0, up(null)), (x0 + wide, up(null))], "dash fine c1")
+        draw.text(x0, y0 - 7, f"{place.block} {place.kind}{count}", "small")
+        draw.text(x0 + wide, y0 - 7, short(values[0]), "small soft", at="end")
+    return draw
 
 
-@styled()
-def agreement_figure(matrix: Mapping[str, Mapping[str, Number]]) -> Figure:
+def agreement_figure(matrix: Mapping[str, Mapping[str, Number]]) -> Picture:
     """Rank correlations between everything that gives one number a layer, as a coloured table.
 
     Args:
         matrix: name -> name -> Spearman's ρ.
     """
-    labels = [words(name) for name in matrix]
-    size = 0.62 * len(labels)
-    room = LETTER * max(len(label) for label in labels)
-    figure, ((axis,),) = grid([size], [size], left=0.3 + room, right=1.2, top=0.15, bottom=0.3 + 0.7 * room)
-    values = np.array([[matrix[row].get(column, np.nan) for column in matrix] for row in matrix])
-    image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
-    for (row, column), value in np.ndenumerate(values):
-        colour = "white" if abs(value) > 0.6 else INK
-        axis.annotate(f"{value:+.2f}", (column, row), ha="center", va="center", fontsize=7.5, color=colour)
-    axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.grid(visible=False)
-    axis.spines[:].set_visible(False)
-    axis.tick_params(length=0)
-    place, wide = axis.get_position(), figure.get_size_inches()[0]
-    bar = figure.add_axes((place.x1 + 0.2 / wide, place.y0 + 0.1 * place.height, 0.16 / wide, 0.8 * place.height))
-    figure.colorbar(image, cax=bar, label="Spearman's ρ over layers")
-    return figure
+    labels, size = [words(name) for name in matrix], 44
+    room = 16 + LETTER * max(map(len, labels))
+    draw = Picture(room + size * len(labels) + 0.75 * room, 0.7 * room + 24 * len(labels) + 8)
+    top = 0.7 * room
+    for row, name in enumerate(matrix):
+        draw.text(room - 8, top + 24 * row + 16, labels[row], at="end")
+        draw.text(room + size * (row + 0.4), top - 8, labels[row], turn=-38)
+        for column, other in enumerate(matrix):
+            value = matrix[name].get(other, float("nan"))
+            known = value == value
+            draw.box(room + size * column, top + 24 * row, size, 24, f"cell c{0 if value > 0 else 1}",
+                     f"{labels[row]} and {labels[column]}: ρ = {value:+.2f}",
+                     shade=0.9 * abs(value) if known else 0)  # fmt: skip
+            inside = " inside" if known and abs(value) > 0.6 else ""
+            draw.text(room + size * (column + 0.5), top + 24 * row + 16, f"{value:+.2f}" if known else "",
+                      f"small{inside}", at="middle")  # fmt: skip
+    return draw
 
 
-def _panels(along: Sequence[Place], count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Axes under each other that share the layers, with room for block names above and kinds below."""
-    width = min(18.0, max(PAGE - 1.45, 0.115 * (along[-1].x + 8)))
-    below = LETTER * max(len(place.kind) for place in along) if len(along) <= _LABELLED else 0.1
-    figure, axes = grid([width], [height] * count, left=0.7, right=0.75, top=0.75, bottom=0.4 + below, down=0.35)
-    return figure, [axis for (axis,) in axes]
-
-
-def _top_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    figure.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0.5 / figure.get_figwidth(), 1), ncols=len(labels),
-        borderaxespad=0.1,
-    )  # fmt: skip
-
-
-def _layer_axis(axes: Sequence[Axes], along: Sequence[Place]) -> None:
-    """Kinds below, blocks above, every second stage (or block, where there are no stages) shaded."""
-    blocks = list(dict.fromkeys(place.block for place in along))
-    spans = {block: [place.x for place in along if place.block == block] for block in blocks}
-    stages = list(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
-    for axis in axes:
-        for number, block in enumerate(blocks):
-            order = stages.index(block.rpartition(".")[0]) if len(stages) > 1 else number
-            if order % 2 == 0:
-                axis.axvspan(spans[block][0] - 0.9, spans[block][-1] + 0.9, color="#f3f4f6", linewidth=0, zorder=-1)
-        axis.grid(axis="x", visible=False)
-        axis.set(xticks=[], xlim=(along[0].x - 0.9, along[-1].x + 0.9))
-    # As text: a tick costs three times as much.
-    for block in blocks:
-        middle = float(np.mean(spans[block]))
-        axes[0].text(middle, 1.02, block, transform=axes[0].get_xaxis_transform(), ha="center", fontsize=7.5)
-    last, size = axes[-1], 8.0 if len(along) <= 60 else 6.5
-    if len(along) <= _LABELLED:
-        for place in along:
-            last.text(
-                place.x, -0.03, place.kind, transform=last.get_xaxis_transform(), rotation=90, ha="center", va="top",
-                fontsize=size,
-            )  # fmt: skip
-    note = "" if len(along) <= _LABELLED else ", without labels"
-    below = 0 if note else 72 * LETTER * max(len(place.kind) for place in along)
-    last.set_xlabel(f"layers in network order{note}; above: stage.block", labelpad=6 + below)
+def posterior_figure(posterior: Mapping[str, Float[np.ndarray, " ranks"]], ranks: Sequence[int]) -> Picture:
+    """P(rank | held-out losses) of every layer, a column a layer in network order; strong colours are probable."""
+    along = places(list(posterior))
+    across = Scale(-1, along[-1].x + 1, _LEFT, _LEFT + _STEP * (along[-1].x + 2))
+    tall = max(12.0, min(26.0, 260 / len(ranks)))
+    top, foot = 34.0, 34.0 + tall * len(ranks)
+    draw = Picture(max(420.0, across.end + 20), foot + 66)
+    _blocks(draw, along, across, top, foot)
+    for number, rank in enumerate(ranks):
+        draw.text(_LEFT - 8, foot - tall * (number + 0.5) + 4, str(rank), "small", at="end")
+    draw.text(16, (top + foot) / 2, "rank", at="middle", turn=-90)
+    for place in along:
+        for number, (rank, probability) in enumerate(zip(ranks, posterior[place.names[0]], strict=True)):
+            draw.box(across(place.x) - 7, foot - tall * (number + 1), 14, tall, "cell c0",
+                     f"{place.names[0]}, rank {rank}: P = {probability:.2g}",
+                     shade=float(probability))  # fmt: skip
+        draw.text(across(place.x) + 4, foot + 8, place.kind, "small", at="end", turn=-90)
+    draw.text(_LEFT, draw.height - 4, "layers in network order; above: stage.block", "small soft")
+    return draw

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
-
 from orca_rank.artifacts.damaged import reading
-from orca_rank.report.canvas import COLOURS, INK, LETTER, grid, styled, words
+from orca_rank.report.draw import COLOURS, Panel, Picture, scale, words
 from orca_rank.report.page import Page, cell
 from orca_rank.report.results import Tune
 from orca_rank.task import Task
@@ -28,27 +26,34 @@ def separate_runs(tunes: Sequence[Tune], task: Task) -> list[tuple[int, float]]:
     return sorted(found)
 
 
-@styled()
-def nested_figure(curves: Mapping[str, Rows], separate: Sequence[tuple[int, float]], task: Task) -> Figure:
+def nested_picture(curves: Mapping[str, Rows], separate: Sequence[tuple[int, float]], task: Task) -> Picture:
     """Test metric against rank: a line for every nested fine-tune, a ring for every separate one.
 
     Args:
         curves: tag -> rows of rank_curve.csv. separate: see `separate_runs`.
     """
-    longest = max(len(name) for name in (*curves, TRAINED_ALONE))
-    figure, ((axis,),) = grid([5.2], [3.0], left=0.9, right=0.6 + LETTER * longest)  # the legend stands beside
-    for (tag, rows), colour in zip(curves.items(), COLOURS * len(curves), strict=False):
-        axis.plot([row["rank"] for row in rows], [row["test"] for row in rows], "o-", color=colour, label=tag, ms=4)
+    draw = Picture(640, 330 + 18 * (len(curves) + 1))
+    ranks = sorted({int(row["rank"]) for rows in curves.values() for row in rows} | {rank for rank, _ in separate})
+    values = [row["test"] for rows in curves.values() for row in rows] + [error for _, error in separate]
+    panel = Panel(draw, scale(ranks, 75, 620, wide=2), scale(values, 260, 24))
+    panel.frame(
+        x="rank of every layer",
+        y=f"test {words(task.metric_name)}",
+        x_ticks=[(r, str(r)) for r in ranks if r & (r - 1) == 0],
+    )
+    for number, (tag, rows) in enumerate(curves.items()):
+        colour = f"c{number % COLOURS}"
+        panel.line([(row["rank"], row["test"]) for row in rows], colour)
+        for row in rows:
+            panel.mark(
+                row["rank"], row["test"], f"dot {colour}", f"{tag}, rank {row['rank']:.0f}: {row['test']:.4g}", size=3
+            )
+        draw.legend(70, 322 + 18 * number, [("-", colour, tag)])
+    for rank, error in separate:
+        panel.mark(rank, error, "ring c6", f"{TRAINED_ALONE}, {rank}: {error:.4g}", size=5.5)
     if separate:
-        ranks, errors = zip(*separate, strict=True)
-        axis.plot(ranks, errors, "o", color=INK, mfc="none", markersize=8, label=TRAINED_ALONE)
-    axis.set_xscale("log", base=2)
-    shown = sorted({int(row["rank"]) for rows in curves.values() for row in rows} | {rank for rank, _ in separate})
-    ticks = [rank for rank in shown if rank & (rank - 1) == 0]
-    axis.set(xlabel="rank of every layer", ylabel=f"test {words(task.metric_name)}", xticks=ticks, xticklabels=ticks)
-    axis.minorticks_off()
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    return figure
+        draw.legend(70, 322 + 18 * len(curves), [("o", "ring c6", TRAINED_ALONE)])
+    return draw
 
 
 def nested_curves(page: Page, tunes: Sequence[Tune]) -> None:
@@ -77,6 +82,7 @@ def nested_curves(page: Page, tunes: Sequence[Tune]) -> None:
         )
         page.figure(
             f"{NAME}_{metric}",
-            nested_figure(curves, separate_runs(tunes, task), task),
+            nested_picture(curves, separate_runs(tunes, task), task),
             f"Test {words(metric)} of one fine-tune cut to every rank, without further training. {said}.",
+            [{"fine-tune": tag, **row} for tag, rows in curves.items() for row in rows],
         )

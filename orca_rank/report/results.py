@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Planned:
-    """plan/plan.json: the plan of the configured rule (None where nothing gets a rank) and its parameter counts."""
+    """plan/plan.json: the plan of the configured rule (None where nothing gets a rank) and its parameter counts.
+
+    rules: the ranks of other rules at the same budget.
+    """
 
     plan: RankPlan | None
     counts: Counts
     config: Config
+    rules: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, payload: Mapping[str, Any]) -> Planned:
@@ -97,7 +101,10 @@ class Planned:
         known = {name: payload[name] for name in ("rule", "budget", "options") if payload.get(name) is not None}
         ranks = {layer["name"]: layer["rank"] for layer in layers}
         plan = RankPlan.from_dict({**known, "ranks": ranks}) if known.get("rule") else None
-        return cls(plan, Counts.from_dict(payload), payload["config"])
+        rules = {
+            name: {layer: int(r) for layer, r in one.items()} for name, one in (payload.get("rules") or {}).items()
+        }
+        return cls(plan, Counts.from_dict(payload), payload["config"], rules)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from orca_rank.evidence.compare import half_width
 from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
 from orca_rank.evidence.protocol import Protocol, most, pending, rank_matters
 from orca_rank.evidence.verdicts import MARGIN, recommended
-from orca_rank.report.canvas import png
-from orca_rank.report.claims import curve_figure, markdown, rank_curves
+from orca_rank.report.claims import markdown, rank_curves
+from orca_rank.report.plots import curve_figure, png
 from orca_rank.stages import align, finetune, measure
 from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
 from orca_rank.stages.planning import read_layers

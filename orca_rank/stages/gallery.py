@@ -14,8 +14,7 @@ from orca_rank.data.darcy import Darcy, classical_baseline
 from orca_rank.data.module import InMemory
 from orca_rank.fitted import load
 from orca_rank.measuring.passes import limited
-from orca_rank.report.figures import Gallery
-from orca_rank.report.prediction_figures import samples
+from orca_rank.report.prediction_figures import Gallery, samples
 from orca_rank.stages.setup import ready
 
 

@@ -15,8 +15,8 @@ from orca_rank.artifacts.files import atomic, read_json, write_csv
 from orca_rank.artifacts.lock import locked
 from orca_rank.build import targets
 from orca_rank.fitted import Fitted, chosen_folder, load
-from orca_rank.report.canvas import png
-from orca_rank.report.rank_curve import NAME, nested_figure, separate_runs
+from orca_rank.report.plots import nested_figure, png
+from orca_rank.report.rank_curve import NAME, separate_runs
 from orca_rank.report.run_folder import RunFolder, read_tunes
 from orca_rank.stages.setup import data_for, stage_folder
 from orca_rank.stages.tracking import show

@@ -1,15 +1,15 @@
-"""stage=report: everything in a run folder as one HTML file, PNGs and CSVs."""
+"""stage=report: everything in a run folder as one HTML file, its figures as SVG and CSV beside it, and tables."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import importlib
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -22,9 +22,12 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import key, plain
 from orca_rank.build import targets
 from orca_rank.report import sections
-from orca_rank.report.canvas import words
-from orca_rank.report.figures import Gallery
+from orca_rank.report.answer import answer
+from orca_rank.report.details import details
+from orca_rank.report.draw import words
 from orca_rank.report.page import Page, cell
+from orca_rank.report.posterior import posteriors
+from orca_rank.report.prediction_figures import Gallery
 from orca_rank.report.rank_curve import nested_curves
 from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_run, read_tunes
@@ -38,7 +41,7 @@ _PRINTED = 40  # fine-tunes printed; the files have all
 
 
 def run(config: DictConfig) -> None:
-    """Write runs/<run>/report.html, report/*.png, summary.csv and means.csv from what the other stages left there.
+    """Write runs/<run>/report.html, report/*.svg and *.csv, summary.csv and means.csv from what the other stages left.
 
     `report.runs` names further runs, whose fine-tunes stand in the same tables.
 
@@ -72,26 +75,27 @@ def _report(config: DictConfig, path: Path) -> None:
     best = next(drawn, None)
     gallery, baselines = (None, {}) if best is None else _from_data(config, path, best)
 
+    claims = _claims(found)
     page = Page(f"orca_rank: {config.run}", sections.lead(found))
-    sections.overview(page, found)
-    sections.alignment(page, found)
-    sections.gaps(page, found)
-    sections.spectra(page, found)
-    sections.ranks(page, found)
-    sections.parameters(page, found)
+    page.answer(*answer(found, baselines, claims.answers if claims else []))
+    sections.notes(page, found)
     finetunes(page, found.tunes, baselines)
-    nested_curves(page, found.tunes)
+    sections.measurement(page, found)
+    sections.alignment(page, found)
     if best is not None and gallery is not None:
-        predictions(page, best.tag, gallery)
-    _evidence(page, found)
-    _options(page, found)
+        predictions(page, best, gallery)
+    if claims:
+        claims.section(page)
+    nested_curves(page, found.tunes)
+    posteriors(page, found.tunes)
+    details(page, found)
     _write(page, path)
     write_tables(path, found.tunes)
     show(config, "report", path / "report", {}, lambda: report_page(path))
     _print(found.tunes, baselines)
     for what, command in found.missing:
         console.print(f"not there yet: {what}: `{command}`", soft_wrap=True)
-    console.print(f"{len(page.images)} figures; open {path / 'report.html'}", soft_wrap=True)
+    console.print(f"{page.figures} figures; open {path / 'report.html'}", soft_wrap=True)
 
 
 def other_runs(own: Path, runs: Path, named: str | Sequence[str]) -> list[Path]:
@@ -163,32 +167,22 @@ def _kept_gallery(path: Path, state: str) -> Gallery | None:
     return None
 
 
-def _evidence(page: Page, found: RunFolder) -> None:
+def _claims(found: RunFolder) -> Any:
     """The verdicts of stage=evidence, where it has left any."""
-    folder = found.path / "evidence"
-    if found.has_evidence:
-        # Its statistics take a second to import.
-        claims = importlib.import_module("orca_rank.report.claims")
-        claims.evidence(page, *claims.read_evidence(folder, f"stage=evidence {found.made_by}"))
-
-
-def _options(page: Page, found: RunFolder) -> None:
-    if not (found.tunes or found.measured or found.align or found.plan):
-        return
-    page.section("options", "Options")
-    if found.tunes:
-        page.folded(f"Every option of {found.tunes[0].tag}", json.dumps(found.tunes[0].config, indent=1))
-    elif one := next((one for one in (found.measured, found.align, found.plan) if one is not None), None):
-        page.folded("Every option", json.dumps(one.config, indent=1))
+    if not found.has_evidence:
+        return None
+    # Its statistics take a second to import.
+    claims = importlib.import_module("orca_rank.report.claims")
+    return claims.Evidence(*claims.read_evidence(found.path / "evidence", f"stage=evidence {found.made_by}"))
 
 
 def _write(page: Page, path: Path) -> None:
     folder = path / "report"
-    for name, data in page.images.items():
-        with atomic(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(data)
-    for old in folder.glob("*.png"):
-        if old.stem not in page.images:
+    for name, text in page.files.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    for old in (path for ending in ("svg", "csv", "png") for path in folder.glob(f"*.{ending}")):
+        if old.name not in page.files:
             old.unlink()
     with atomic(path / "report.html") as temporary:
         temporary.write_text(page.html(), encoding="utf-8")

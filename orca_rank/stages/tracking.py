@@ -33,18 +33,17 @@ def job_of(config: DictConfig, stage: str, folder: Path, tag: str = "") -> Job:
 
 
 def predictions_of(folder: Path, task: Task, data: Data, trust: Collection[str]) -> dict[str, bytes]:
-    """A picture of a fine-tune's first test samples; none of classes.
+    """A picture of the fields of a fine-tune's first test samples; none of other tasks.
 
     Args:
         folder: of the fine-tune. data: ready to test. trust: further targets that its files may name.
     """
-    if task.kind == "classification":
+    if task.kind != "dense":
         return {}
-    from orca_rank.report.canvas import png  # here, because matplotlib takes a second
-    from orca_rank.report.prediction_figures import prediction_figure
+    from orca_rank.report.prediction_figures import fields_image
     from orca_rank.stages.gallery import predictions
 
-    return {"predictions": png(prediction_figure(predictions(folder.parent.parent, folder.name, data, trust)))}
+    return {"predictions": fields_image(predictions(folder.parent.parent, folder.name, data, trust))}
 
 
 def show_in(trainer: L.Trainer, page: Callable[[], Page]) -> None:

@@ -164,7 +164,7 @@ _EVIDENCE = ("evidence.csv", "claims.json", "README.md")
 
 
 def report_page(run: Path) -> Page:
-    """The tables and the pictures of report.html."""
+    """The tables of report.html, and the page itself as a file."""
     tables = {name: _numbers(run / f"{name}.csv") for name in ("summary", "means") if (run / f"{name}.csv").exists()}
     charts = {}
     if "summary" in tables:
@@ -174,7 +174,6 @@ def report_page(run: Path) -> Page:
     return Page(
         tables=tables,
         charts=charts,
-        pictures={path.stem: path.read_bytes() for path in sorted((run / "report").glob("*.png"))},
         made=[Files(f"{run.name}-report", "report", {"report.html": run / "report.html"})],
     )
 
