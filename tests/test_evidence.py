@@ -168,6 +168,17 @@ def test_rules_are_not_compared_where_rank_does_not_matter() -> None:
     assert {claim.verdict for claim in ranks_matter(PROTOCOL, rows)} == {"undecided"}
 
 
+def test_what_a_seed_does_to_every_rank_does_not_close_the_gate() -> None:
+    shift = np.random.default_rng(0).normal(0, 0.3, 64)
+    rows = run_all(PROTOCOL, lambda point: world(point) * np.exp(shift[point.seed % 64]))
+    apart = [row.test for row in rows if row.part == "gate" and row.rule == "uniform"]
+    assert np.std(apart) > 0.05 * np.mean(apart)
+    assert (
+        rank_matters(PROTOCOL, rows, "far").matters == rank_matters(PROTOCOL, run_all(PROTOCOL, world), "far").matters
+    )
+    assert rank_matters(PROTOCOL, rows, "far").matters
+
+
 def test_options_out_of_range_are_named() -> None:
     for options, name in (({"seeds": 1}, "seeds"), ({"rates": (1e-3,)}, "rates"), ({"gate": (0, 4)}, "gate")):
         with pytest.raises(ValueError, match=f"evidence.{name}"):

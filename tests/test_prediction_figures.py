@@ -14,6 +14,7 @@ from orca_rank.report.prediction_figures import (
     Gallery,
     caption,
     class_colours,
+    fields_image,
     prediction_figure,
     prediction_rows,
     samples,

@@ -229,7 +229,9 @@ class Gate:
     """Whether rank matters on a task: test errors at the smallest and the largest rank of the curve.
 
     Args:
-        low, high: mean errors at the smallest and the largest rank. spread: the pooled standard deviation over seeds.
+        low, high: mean errors at the smallest and the largest rank. spread: the standard deviation of a run in what the
+            two ranks of a seed do not share: that of their difference over √2. What a seed does to both (a teacher, a
+            split) says nothing of ranks.
     """
 
     low: float
@@ -250,15 +252,22 @@ def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str) -> Gate:
     """
     if not protocol.gate:
         raise ValueError(f"there is no rank curve of {task}: evidence.gate is empty")
-    ends = []
-    for rank in (min(protocol.gate), max(protocol.gate)):
-        errors = [row.test for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank)]
-        if len(errors) < 2:
-            raise ValueError(f"the gate of {task} needs at least 2 runs of rank {rank}, there are {len(errors)}")
-        mean = math.fsum(errors) / len(errors)
-        ends.append((mean, math.fsum((error - mean) ** 2 for error in errors) / (len(errors) - 1)))
-    (low, first), (high, last) = ends
-    return Gate(low, high, math.sqrt((first + last) / 2))
+    errors = [
+        {
+            row.seed: row.test
+            for row in rows
+            if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank)
+        }
+        for rank in (min(protocol.gate), max(protocol.gate))
+    ]
+    seeds = sorted(errors[0].keys() & errors[1].keys())
+    if len(seeds) < 2:
+        raise ValueError(
+            f"the gate of {task} needs at least 2 seeds of its smallest and largest rank, has {len(seeds)}"
+        )
+    low, high = (math.fsum(each[seed] for seed in seeds) / len(seeds) for each in errors)
+    apart = math.fsum((errors[0][seed] - errors[1][seed] - (low - high)) ** 2 for seed in seeds) / (len(seeds) - 1)
+    return Gate(low, high, math.sqrt(apart / 2))
 
 
 def most(protocol: Protocol) -> int:
