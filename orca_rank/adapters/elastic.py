@@ -60,8 +60,8 @@ class ElaLoRA(LoRA):
         if not fits or not (tinit >= 0 and tfinal >= 0 and tinit + tfinal < 1):
             raise ValueError(
                 f"{self.name}: ElaLoRA needs room >= 1, every, moved and most >= 1, 0 <= decay < 1, orthogonal >= 0 "
-                f"and tinit + tfinal < 1; received room={room}, every={every}, moved={moved}, most={most}, decay={decay}, "
-                f"orthogonal={orthogonal}, tinit={tinit}, tfinal={tfinal}"
+                f"and tinit + tfinal < 1; received room={room}, every={every}, moved={moved}, most={most}, "
+                f"decay={decay}, orthogonal={orthogonal}, tinit={tinit}, tfinal={tfinal}"
             )
         if options.get("frozen"):
             raise ValueError(f"{self.name}: ElaLoRA trains P, λ and Q; leave frozen out")
