@@ -299,7 +299,8 @@ def test_lora_fa_saves_activations_in_a_fast_step_and_none_in_a_lean_one():
         for memory in ("plain", "fast", "lean")
         for frozen in (None, "A")
     }
-    assert kept["lean", "A"] == kept["lean", None] < kept["fast", "A"]
+    assert kept["lean", "A"] == pytest.approx(kept["lean", None], rel=0.05)  # small ones may share an address
+    assert kept["lean", "A"] < kept["fast", "A"]
     for memory in ("plain", "fast"):
         assert kept[memory, "A"] < 0.8 * kept[memory, None]
 
