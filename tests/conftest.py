@@ -24,8 +24,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from orca_rank.__main__ import CONF
+from orca_rank.artifacts.command import TYPED
 
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+@pytest.fixture(autouse=True)
+def not_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that runs a command line in its process leaves it here for those after it."""
+    monkeypatch.delenv(TYPED, raising=False)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from orca_rank.stages import export, finetune, plan
 from orca_rank.stages.export import counts, lora_config
 
 peft = pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
+OVER_RANK = ("adapter.module.scaling=lora", "adapter.module.alpha=16")
 SMALL = (*TINY_SWIN, "data=digits", "embedder.aligned=false", "rank=uniform", "rank.r=2")
 
 
@@ -34,7 +35,7 @@ def adapted(model: torch.nn.Module, config: "peft.LoraConfig") -> dict[str, tupl
 @pytest.mark.filterwarnings("ignore")  # PEFT and timm speak about their own future
 @pytest.mark.parametrize("qkv", ["fused", "separate"])
 def test_the_file_is_a_lora_config_with_the_planned_ranks(composed, tmp_path, capsys, qkv):
-    config = composed("stage=export", *SMALL, f"layers.qkv={qkv}")
+    config = composed("stage=export", *SMALL, f"layers.qkv={qkv}", *OVER_RANK)
     with pytest.raises(FileNotFoundError, match="stage=plan"):
         export.run(config)
     plan.run(config)

@@ -141,7 +141,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(measured, monkeypatch):
 def test_everything_at_once(measured):
     folder = measured("gap=spectra", "gap.samples=24", "gap.variants=[standardised,whitened]", "rank=gradient",
                       "gap.tokens=96", "gap.null_splits=3", "gap.sign_draws=3",
-                      "gap.measurements.mean_gradient=true")  # fmt: skip
+                      "gap.measurements.mean_gradient=true", "gap.measurements.whitened_gradient=true")  # fmt: skip
     layers = layers_in(folder)
     directions = load_file(folder / "directions.safetensors")
     for layer in layers:

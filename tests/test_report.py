@@ -56,7 +56,8 @@ def test_a_whole_run_makes_one_self_contained_page(config: DictConfig, run: Path
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "") and "@import" not in text and "url(" not in text
     names = ("alignment", "layers", "ranks", "comparison_error", "curves_error", "parameters", "agreement",
              "gaps_sliced", "spectra_ot_map")  # fmt: skip
-    assert {path.name for path in (run / "report").iterdir()} == {f"{n}.{end}" for n in names for end in ("svg", "csv")}
+    wanted = {f"{n}.{end}" for n in names for end in ("svg", "csv")} | {"index.json"}
+    assert {path.name for path in (run / "report").iterdir()} == wanted
     embedded = figures(text)
     assert len(embedded) == len(names) and all('role="img" aria-label="' in figure for figure in embedded)
     for name in names:

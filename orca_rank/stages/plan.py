@@ -17,7 +17,6 @@ from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.measuring.layers import placeholder
 from orca_rank.ranks import Layer, RankPlan
-from orca_rank.stages.curriculum import beside
 from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, gap_options, layers_of, make_plan
 from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
@@ -73,7 +72,12 @@ def run(config: DictConfig) -> None:
         embedder=config.embedder.train,
         predictor=not config.predictor.frozen_on_purpose,
     )
-    counts = count_parameters(model, adapters, beside(config, model))
+    extra = None
+    if config.finetune.curriculum is not None:
+        from orca_rank.stages.curriculum import beside  # here, because lightning takes seconds
+
+        extra = beside(config, model)
+    counts = count_parameters(model, adapters, extra)
     chosen = plan.ranks if plan is not None else {layer.name: 0 for layer in layers}
     rows = [
         {
