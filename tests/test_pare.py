@@ -232,7 +232,7 @@ def test_a_weight_of_0_is_plain_fine_tuning_exactly(composed: Compose) -> None:
 
 
 ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
-MEASURED = ("dylora_ibp", "matryoshka_ibp", "gated_ibp", "lora_directions")  # take something from stage=measure
+MEASURED = ("dylora_ibp", "gora", "matryoshka_ibp", "gated_ibp", "lora_directions")  # take something from stage=measure
 
 
 @pytest.mark.slow

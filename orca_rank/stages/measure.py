@@ -101,7 +101,7 @@ def run(config: DictConfig) -> None:
         console.print(f"measure is done: {path} (force=true redoes it)", soft_wrap=True)
         make_plan(config, layers)  # refuses a rule that needs what was not measured
     if not (before and shown(folder)):
-        used = read_json(path, "stage=measure")["inputs"]
+        used = list(read_json(path, "stage=measure")["inputs"])
         show(config, "measure", folder, made_from, lambda: measure_page(folder.parent, used))
     _print(layers)
     console.print(f"written to {path}; stage=plan shows the ranks that follow", soft_wrap=True)
