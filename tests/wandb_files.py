@@ -79,8 +79,8 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every offline run below a folder, in the order in which they began."""
-    return [read(path) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.parent.name)]
+    """Every offline run below a folder, in the order in which they ended; folders say the second alone."""
+    return [read(path) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns)]
 
 
 def _items(items: Any) -> dict[str, Any]:
