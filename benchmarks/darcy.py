@@ -15,7 +15,6 @@ and solution alone: neither the assembly of their matrices nor splines are in th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -26,9 +25,11 @@ from _machine import machine
 from scipy.sparse.linalg import splu
 from threadpoolctl import threadpool_limits
 
-with contextlib.suppress(ImportError):
+try:
     import cvxopt
     import cvxopt.cholmod
+except ImportError:
+    cvxopt = None
 
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import face_coefficients, matrix, solve_all
@@ -90,7 +91,7 @@ def compare(K: int, repeats: int, mode: str) -> None:
         system = matrix(*face_coefficients(a.astype(np.float64), mode))
         seconds, exact = timed(lambda system=system: superlu(system, right))
         peers["SuperLU"].append(seconds)
-        if "cvxopt" in globals():
+        if cvxopt is not None:
             cholmod = cholmod or Cholmod(system)
             seconds, again = timed(cholmod.ready(system, right))
             peers.setdefault("CHOLMOD", []).append(seconds)

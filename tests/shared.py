@@ -1,7 +1,11 @@
 """What several test files need."""
 
+import pytest
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
+
+from orca_rank.stages import finetune
 
 # Options for a Swin of two blocks and a few thousand parameters, with random weights.
 TINY_SWIN = (
@@ -44,3 +48,18 @@ def move_trained(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def break_off(monkeypatch: pytest.MonkeyPatch, config: DictConfig, *, epoch: int, batch: int = 0) -> None:
+    """Run a fine-tune that fails in a batch of an epoch."""
+    step = finetune.FineTune.training_step
+
+    def failing(self: finetune.FineTune, given: object, batch_index: int) -> Tensor:
+        if (self.current_epoch, batch_index) == (epoch, batch):
+            raise RuntimeError("the machine went away")
+        return step(self, given, batch_index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.FineTune, "training_step", failing)
+        with pytest.raises(RuntimeError, match="went away"):
+            finetune.run(config)

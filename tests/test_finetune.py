@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
-from shared import TINY_SWIN
+from shared import TINY_SWIN, break_off
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
@@ -124,17 +124,7 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     finetune.run(whole)
 
     broken = composed(*options, "run=broken")
-    step = finetune.FineTune.training_step
-
-    def failing(self: finetune.FineTune, batch: object, batch_index: int) -> torch.Tensor:
-        if self.current_epoch == 2 and batch_index == 1:
-            raise RuntimeError("the machine went away")
-        return step(self, batch, batch_index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune.FineTune, "training_step", failing)
-        with pytest.raises(RuntimeError, match="went away"):
-            finetune.run(broken)
+    break_off(monkeypatch, broken, epoch=2, batch=1)
     assert not (folder(broken) / "metrics.json").exists()
     tag = f"finetune.tag={folder(broken).name}"
     with pytest.raises(ValueError, match=r"unfinished run with other options \(finetune\.clip: None -> 1\.0"):

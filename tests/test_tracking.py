@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import run_folders
-import torch
 from omegaconf import DictConfig
-from shared import TINY_FINETUNE
+from shared import TINY_FINETUNE, break_off
 from wandb_files import Run, read_all
 from wandb_server import serving
 
@@ -35,21 +34,6 @@ def runs_of(config: DictConfig) -> list[Run]:
 def kinds(run: Run) -> dict[str, str]:
     """Name -> how a run is with its artifact, but those that W&B makes of tables."""
     return {name: "used" if used else "made" for name, kind, used, _, _ in run.artifacts if kind != "run_table"}
-
-
-def break_off(monkeypatch: pytest.MonkeyPatch, config: DictConfig, epoch: int) -> None:
-    """Run a fine-tune that fails in an epoch."""
-    step = finetune.FineTune.training_step
-
-    def failing(self: finetune.FineTune, batch: object, batch_index: int) -> torch.Tensor:
-        if self.current_epoch == epoch:
-            raise RuntimeError("the machine went away")
-        return step(self, batch, batch_index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune.FineTune, "training_step", failing)
-        with pytest.raises(RuntimeError, match="went away"):
-            finetune.run(config)
 
 
 def test_a_broken_off_fine_tune_goes_on_with_its_page_and_others_have_their_own(

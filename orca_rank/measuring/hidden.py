@@ -16,10 +16,10 @@ from orca_rank.measuring.spectra import intrinsic_dimension
 BLOCK = re.compile(r"(.*\b)?blocks\.\d+(?=\.)")
 
 
-def block_of(layer: str) -> str | None:
-    """The block that a layer stands in: its name up to `blocks.<i>`; None for one outside of blocks."""
+def block_of(layer: str) -> str:
+    """The block that a layer stands in: its name up to `blocks.<i>`; one outside of blocks stands for itself."""
     found = BLOCK.match(layer)
-    return None if found is None else found.group()
+    return layer if found is None else found.group()
 
 
 def hidden_dimensions(
@@ -46,9 +46,9 @@ def hidden_dimensions(
     Raises:
         ValueError: if a block takes no part, its states cannot be told apart by image, or fewer than 10 images differ.
     """
-    names = list(dict.fromkeys(block_of(name) or name for name in modules))
+    names = list(dict.fromkeys(block_of(name) for name in modules))
     widths = {
-        name: {width for module in modules if (block_of(module) or module) == name for width in _sides(modules[module])}
+        name: {width for module in modules if block_of(module) == name for width in _sides(modules[module])}
         for name in names
     }
     states: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}

@@ -154,7 +154,7 @@ def measurements(
                 layer.d_in,
                 layer.d_out,
                 weight=_short_ranks(weight_rank(whole[rows])) if asks("weight") else None,
-                intrinsic_dimension=_dimension(dimensions, block_of(module) or module),
+                intrinsic_dimension=_dimension(dimensions, block_of(module)),
                 importance=_short(own.importance(whole, rows)) if own is not None and asks("importance") else None,
                 fisher=_short(own.fisher(rows)) if own is not None and asks("fisher") else None,
                 spectra={name: _spectrum(one) for name, one in found.items()},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -47,10 +46,7 @@ def gora(
     if r0 is None:
         limit = need_budget(budget, "gora", "or give rank.r0")
         low, high = _bounds(limit.allowed(records) / sum(limit.unit_costs(records)), least, most)
-        r_min = max(low, limit.r_min) if limit.r_max is None else min(max(low, limit.r_min), limit.r_max)
-        r_max = max(high, r_min) if limit.r_max is None else max(min(high, limit.r_max), r_min)
-        bounded = replace(limit, r_min=r_min, r_max=r_max)
-        return RankPlan(share(records, bounded, _weights(found, roots)), "gora", limit, options)
+        return RankPlan(share(records, limit.narrowed(low, high), _weights(found, roots)), "gora", limit, options)
     low, high = _bounds(r0, least, most)
     wanted = np.round(r0 * roots.sum() * _weights(found, np.ones(len(records))) / roots)
     ranks = np.clip(wanted, low, high).astype(int)

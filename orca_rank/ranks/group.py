@@ -48,7 +48,7 @@ def _group(name: str, by: str) -> str:
     if by == "module":
         return re.sub(r"^(layers\.\d+\.)?(blocks\.\d+\.)?", "", name)
     if by == "block":
-        return block_of(name) or name
+        return block_of(name)
     found = re.match(r"layers\.\d+(?=\.)", name)
     if found is None:
         raise ValueError(f"layers.group=stage needs a model with stages (layers.<s>, as a Swin); {name} stands in none")

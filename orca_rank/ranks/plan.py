@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,12 @@ class Budget:
         if self.total_rank is not None:
             return int(self.total_rank)
         return int(np.floor((self.mean_rank or 0) * len(as_layers(layers)) + 1e-9))
+
+    def narrowed(self, low: int, high: int | None = None) -> Budget:
+        """With no rank below `low` or above `high` either, as far as its own bounds leave room."""
+        r_min = max(low, self.r_min) if self.r_max is None else min(max(low, self.r_min), self.r_max)
+        ends = [end for end in (high, self.r_max) if end is not None]
+        return replace(self, r_min=r_min, r_max=max(min(ends), r_min) if ends else None)
 
     def used(self, plan: RankPlan, layers: Sequence[LayerLike]) -> int:
         """What `plan` spends, in the unit of `allowed`."""

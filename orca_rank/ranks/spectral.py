@@ -66,9 +66,7 @@ def whitened_gradient(layers: Sequence[LayerLike], budget: Budget | None = None,
             f"rank={name} gives every layer rank {least}, which spends {floor} of a budget of "
             f"{budget.allowed(records)}: raise the budget, or set rank.least=0"
         )
-    r_min = max(budget.r_min, least) if budget.r_max is None else min(max(budget.r_min, least), budget.r_max)
-    bounded = replace(budget, r_min=r_min)
-    plan = _above_null(records, bounded, name, spectra, [1.0] * len(records))
+    plan = _above_null(records, budget.narrowed(least), name, spectra, [1.0] * len(records))
     return replace(plan, budget=budget, options=options)
 
 

@@ -12,6 +12,7 @@ from orca_rank.backbone import OrcaModel
 from orca_rank.backbone.families import feature_info
 from orca_rank.build import build
 from orca_rank.data import Data
+from orca_rank.stages.passing import labelled
 from orca_rank.stages.setup import outline, ready, resolve_backbone, source_side
 from orca_rank.task import Task
 from orca_rank.training.features import plain_loader
@@ -38,7 +39,7 @@ def check_source(config: DictConfig) -> None:
         return
     if not OmegaConf.is_dict(node):
         raise ValueError(f"finetune.curriculum={node}: choose it as the option of a group, finetune/curriculum=pare")
-    if not getattr(build(config.source), "labelled", True):
+    if not labelled(build(config.source)):
         raise ValueError(f"finetune.curriculum takes images with a class each: {_instead('the source has no labels')}")
 
 
@@ -55,10 +56,8 @@ def labelled_source(config: DictConfig) -> LabelledSource | None:
     return LabelledSource(data, _classes(data.task, embedder), embedder)
 
 
-def beside(config: DictConfig, model: OrcaModel) -> nn.ModuleDict | None:
-    """What a curriculum trains beside the model, without weights: to count it."""
-    if config.finetune.curriculum is None:
-        return None
+def beside(config: DictConfig, model: OrcaModel) -> nn.ModuleDict:
+    """What the curriculum trains beside the model, without weights: to count it."""
     with torch.device("meta"):
         return _parts(model, _classes(outline(build(config.source)), None))
 
