@@ -231,6 +231,28 @@ def test_the_committed_evidence_is_gone_on_with(composed: Callable[..., DictConf
     committed = Path(__file__).parents[1] / "evidence"
     shutil.copytree(committed, tmp_path / "runs", dirs_exist_ok=True)
     evidence.run(composed("experiment=evidence_small", "evidence.most_points=0"))
+    evidence.run(
+        composed("experiment=evidence_small", "evidence=planted", "run=evidence_planted", "evidence.most_points=0")
+    )
     for name in ("evidence.csv", "claims.json"):
-        place = Path("evidence_small") / "evidence" / name
-        assert (tmp_path / "runs" / place).read_bytes() == (committed / place).read_bytes()
+        for run in ("evidence_small", "evidence_planted"):
+            place = Path(run) / "evidence" / name
+            assert (tmp_path / "runs" / place).read_bytes() == (committed / place).read_bytes()
+
+
+def test_what_the_rules_will_need_is_tried_before_any_fine_tune(
+    composed: Callable[..., DictConfig], made_up: list[str]
+) -> None:
+    tiny = [option for option in TINY if option != "source=digits"]
+    with pytest.raises(ValueError, match=r"evidence\.tasks\.digits, rule shuffled: the source tokens in swin_micro.*"):
+        evidence.run(composed(*tiny, "source=embedded"))
+    with pytest.raises(ValueError, match=r"evidence\.tasks\.digits, rule inverse: .*sliced"):
+        evidence.run(
+            composed(
+                *TINY,
+                "+rank@evidence.rules.inverse=inverse",
+                "evidence.rules.inverse.metric=sliced",
+                "~gap.metrics.sliced",
+            )
+        )
+    assert not made_up

@@ -28,7 +28,7 @@ from orca_rank.evidence.verdicts import MARGIN, recommended
 from orca_rank.report.claims import markdown, rank_curves
 from orca_rank.report.plots import curve_figure, png
 from orca_rank.stages import align, finetune, measure
-from orca_rank.stages.evidence_points import configured, cost_of_one_rank, for_task, task_options
+from orca_rank.stages.evidence_points import check_rules, configured, cost_of_one_rank, for_task, task_options
 from orca_rank.stages.planning import read_layers
 from orca_rank.stages.setup import stage_folder
 from orca_rank.stages.tracking import show
@@ -69,6 +69,7 @@ def run(config: DictConfig) -> None:
 
 def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> None:
     costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
+    check_rules(config, folder, protocol, costs)
     started, begun, own = time.monotonic(), len(read_rows(config, folder, protocol, known)), 0
     while points := pending(protocol, rows := read_rows(config, folder, protocol, known)):
         if config.evidence.most_points is not None and own >= config.evidence.most_points:
@@ -167,8 +168,9 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[
             stored = read_json(path, "stage=evidence")
             with reading(path, "remove it, and the same command makes it again"):
                 row = Row.from_dict({name: str(value) for name, value in stored["row"].items()})
-                made_with = dict(stored["config"])
-            if changed := sorted(differences(made_with, options(task, row.rule))):
+                wanted = options(task, row.rule)
+                made_with = {name: value for name, value in stored["config"].items() if name in wanted}
+            if changed := sorted(differences(made_with, wanted)):
                 raise ValueError(
                     f"{path} was made with other options ({'; '.join(changed[:4])}): choose another run=<name>, or "
                     f"remove {folder / task}"

@@ -12,11 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point
+from orca_rank.evidence.protocol import Protocol
 from orca_rank.measuring.matrices import adaptable_layers
+from orca_rank.stages import measure
 from orca_rank.stages.setup import bare_model, outline
 
 # What every fine-tune of a task has in common; what a point chooses itself is not among it.
-SECTIONS = ("data", "source", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer", "gap")
+SECTIONS = ("data", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer")
+TRAINED = "orca_rank.ranks.trained"
+OF_SOURCE = ("source", "gap")  # what measuring, aligning and pretraining read beside that
 
 
 def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, Any]) -> DictConfig:
@@ -42,8 +46,10 @@ def _take(own: DictConfig, nodes: Mapping[str, Any]) -> None:
 def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
     """What a row of a task and rule, or arm, depends on, as plain values."""
     named = {**config.evidence.rules, **config.evidence.arms}
-    options = select(for_task(config, Path("."), task, {}), *SECTIONS)
-    for section in ("data", "source"):  # where files lie on this machine is nobody else's business
+    own = for_task(config, Path("."), task, {})
+    on_source = rule in named or own.backbone.pretrained == "on_source"
+    options = select(own, *SECTIONS, *(OF_SOURCE if on_source else ()))
+    for section in {"data", "source"} & options.keys():  # where files lie on this machine is nobody else's business
         options[section] = {name: value for name, value in options[section].items() if name not in ("root", "cache")}
     return {**options, "rule": plain(named.get(rule))}
 
@@ -53,6 +59,28 @@ def cost_of_one_rank(config: DictConfig, task: str) -> int:
     own = for_task(config, Path("."), task, {})
     body = bare_model(own, outline(build(own.data))).body
     return sum(layer.cost for layer in adaptable_layers(body, own.layers.target, own.layers.qkv))
+
+
+def check_rules(config: DictConfig, folder: Path, protocol: Protocol, costs: Mapping[str, int]) -> None:
+    """Try what the rules will need once a task's gate is open, before hours of work lead there.
+
+    Args:
+        costs: task -> see `cost_of_one_rank`.
+
+    Raises:
+        ValueError: a source that the task's body cannot read, or a rule that needs what is not measured, with the task.
+    """
+    for task in protocol.tasks:
+        for rule in protocol.rules:
+            try:
+                if plain(config.evidence.rules[rule])["_target_"] == TRAINED:  # its update is learned on the way
+                    measure.check_options(for_task(config, folder, task, {}))
+                else:
+                    for rank in protocol.budgets:
+                        point = Point("rules", task, rule, rank, 0, 0, 1.0, 1.0)
+                        measure.check_options(configured(config, folder, point, costs[task]))
+            except ValueError as error:
+                raise ValueError(f"evidence.tasks.{task}, rule {rule}: {error}") from error
 
 
 def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_update: bool = False) -> DictConfig:
@@ -87,7 +115,7 @@ def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_u
     node = plain(config.evidence.rules[point.rule])
     if point.rule in config.evidence.permuted:
         node["permutation"] = point.permutation
-    if node["_target_"] == "orca_rank.ranks.trained":
+    if node["_target_"] == TRAINED:
         (donor,) = (folder / point.task / "finetune").glob(f"gate-uniform-r{max(config.evidence.gate)}-s0-*")
         node["update"] = str(donor / "update.safetensors")
     own.rank = node

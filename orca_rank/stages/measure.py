@@ -60,6 +60,9 @@ def check_options(config: DictConfig) -> GapOptions:
     """
     check_model(config)
     whole("align.clusters", config.align.clusters)
+    source = build(config.source)
+    if getattr(source, "embedded", False) and config.backbone.pretrained != "on_source":
+        source_side(resolve_backbone(config), config.seed, source)  # refuses tokens of another backbone
     options = gap_options(config.gap)
     options.check_unlabelled([name for name, node in _nodes(config).items() if not labelled(build(node))])
     make_plan(config, [placeholder(options, layer) for layer in bare_layers(config)[1]])
