@@ -9,15 +9,13 @@ import pytest
 from scipy import stats
 
 from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
+from orca_rank.evidence.curves import grows_with_gap, ranks_matter, recommended
 from orca_rank.evidence.points import Point, Row
 from orca_rank.evidence.protocol import Protocol, best_rate, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
     gap_against_shuffled,
     judge,
     parameters_at_equal_error,
-    rank_grows_with_gap,
-    ranks_matter,
-    recommended,
     rule_differences,
     rules_against_uniform,
 )
@@ -273,12 +271,15 @@ def test_rank_against_gap_over_tasks() -> None:
 
     gaps = dict(zip(tasks, (0.1, 0.5, 1.0, 2.0, 4.0), strict=True))
     rising, falling = dict(zip(tasks, protocol.gate, strict=True)), dict(zip(tasks, protocol.gate[::-1], strict=True))
-    (up,) = rank_grows_with_gap(protocol, curve(rising), gaps)
+    up, worth = grows_with_gap(protocol, curve(rising), gaps)
     assert (up.verdict, up.estimate) == ("supported", pytest.approx(1.0)) and up.p == pytest.approx(1 / 120)
-    assert rank_grows_with_gap(protocol, curve(falling), gaps)[0].verdict == "refuted"
-    assert rank_grows_with_gap(protocol, curve(dict.fromkeys(tasks, 4)), gaps)[0].verdict == "undecided"
+    # Error falls by .01 a doubling up to the best rank: r = 16 against 1 takes more off the more the best rank grows.
+    assert (worth.verdict, worth.estimate) == ("supported", pytest.approx(1.0))
+    assert "a: gap 0.1, -40.0 % of the error" in worth.note and "e: gap 4, 28.6 % of the error" in worth.note
+    assert {claim.verdict for claim in grows_with_gap(protocol, curve(falling), gaps)} == {"refuted"}
+    assert {claim.verdict for claim in grows_with_gap(protocol, curve(dict.fromkeys(tasks, 4)), gaps)} == {"undecided"}
     few = replace(protocol, tasks=tasks[:3])
-    assert rank_grows_with_gap(few, curve(rising), gaps)[0].verdict == "undecided"  # 1/3! is no evidence
+    assert grows_with_gap(few, curve(rising), gaps)[0].verdict == "undecided"  # 1/3! is no evidence
 
 
 def test_the_recommendation_is_the_smallest_rank_that_does() -> None:

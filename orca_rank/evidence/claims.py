@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from orca_rank.evidence.curves import grows_with_gap, ranks_matter
 from orca_rank.evidence.points import Row
 from orca_rank.evidence.protocol import Protocol
 from orca_rank.evidence.verdicts import (
     Claim,
     gap_against_shuffled,
     parameters_at_equal_error,
-    rank_grows_with_gap,
-    ranks_matter,
     rules_against_uniform,
 )
 
@@ -41,4 +40,4 @@ def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -
         tried = [task for task in protocol.tasks if any(row.part == "arms" and row.task == task for row in rows)]
         for tasks in ([tried] if len(tried) > 1 else []) + [[task] for task in tried]:
             yield from rules_against_uniform(rows, tasks, rank, "arms", first)
-    yield from rank_grows_with_gap(protocol, rows, gaps)
+    yield from grows_with_gap(protocol, rows, gaps)

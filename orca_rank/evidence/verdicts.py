@@ -5,18 +5,18 @@ Differences are per cent of uniform's mean test error on the task, negative wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from scipy import stats
 
 from orca_rank.evidence.compare import Estimate, crossed, holm, paired, pooled
-from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row
-from orca_rank.evidence.protocol import Protocol, rank_matters
+from orca_rank.evidence.points import UNIFORM, Row
+from orca_rank.evidence.protocol import Protocol
 
 MARGIN = 2.0  # per cent; differences within it are of no use to anybody
 LEVEL = 0.05
+PARAMETERS = "% of the parameters"  # the unit of claims about them
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def rule_differences(
     of uniform's error; for arms of the error of the one that they are compared with.
     """
     shared = "arms" if part == "arms" else "rules"
-    first, second = (_errors(rows, task, rank, name, shared if name == against else part) for name in (rule, against))
+    first, second = (errors_of(rows, task, rank, name, shared if name == against else part) for name in (rule, against))
     seeds = sorted({seed for seed, _ in first} & {seed for seed, _ in second})
     if not seeds:
         return None
@@ -75,7 +75,7 @@ def rule_differences(
     complete = [seed for seed in seeds if all((seed, p) in permuted for p in permutations) and (seed, 0) in plain]
     if not complete:
         return None
-    unit = second if part == "arms" else _errors(rows, task, rank, UNIFORM, "rules")
+    unit = second if part == "arms" else errors_of(rows, task, rank, UNIFORM, "rules")
     error = np.mean(list(unit.values()))
     if not error > 0:  # nothing to be relative to
         return None
@@ -132,76 +132,6 @@ def gap_against_shuffled(
     return [_claim(text, estimate, estimate.p, estimate.p_outside(MARGIN), note)]
 
 
-def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
-    """The gate of every task that has one: rank changes the error by more than the seeds do."""
-    if not protocol.gate:
-        return []
-    claims = []
-    low, high = min(protocol.gate), max(protocol.gate)
-    for task in protocol.tasks:
-        errors = {rank: _errors(rows, task, rank, UNIFORM, "gate") for rank in (low, high)}
-        seeds = sorted(set(errors[low]) & set(errors[high]))
-        mean = float(np.mean(list(errors[low].values()) or [0.0]))
-        if len(seeds) < 2 or not mean > 0:
-            continue
-        gate = rank_matters(protocol, rows, task)
-        scale = 100 / mean
-        estimate = paired([scale * (errors[high][seed] - errors[low][seed]) for seed in seeds])
-        below, above = estimate.interval()
-        claims.append(
-            Claim(
-                f"rank matters on {task}: r = {high} against r = {low}",
-                "supported" if gate.matters else "undecided",
-                estimate.mean,
-                below,
-                above,
-                "% of the error",
-                estimate.p,
-                estimate.runs * 2,
-                f"asked for more than 3 standard deviations of a seed ({300 * gate.spread / gate.low:.1f} %)",
-            )
-        )
-    return claims
-
-
-def rank_grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> list[Claim]:
-    """The larger the gap of a task, the larger the uniform rank that is best on it.
-
-    Kendall's τ over tasks between the gap and the rank of the lowest mean test error on the curve, with its exact
-    one-sided permutation p-value: with fewer than 4 tasks it cannot fall below 0.05.
-
-    Args:
-        gaps: task -> median calibrated gap over its layers.
-    """
-    best: dict[str, int] = {}
-    runs = 0
-    for task in protocol.tasks if protocol.gate else ():
-        means = {}
-        for rank in protocol.gate:
-            errors = list(_errors(rows, task, rank, UNIFORM, "gate").values())
-            runs += len(errors)
-            if errors:
-                means[rank] = float(np.mean(errors))
-        if task in gaps and len(means) == len(protocol.gate):
-            best[task] = min(means, key=lambda rank: means[rank])
-    if len(best) < 2:
-        return []
-    x, y = [gaps[task] for task in best], [best[task] for task in best]
-    note = ", ".join(f"{task}: gap {gaps[task]:.3g}, r = {rank}" for task, rank in best.items())
-    if len(set(y)) == 1:
-        note = f"the same rank is best on every task; {note}"
-        return [Claim(GROWS, "undecided", float("nan"), float("nan"), float("nan"), "Kendall's τ", 1.0, runs, note)]
-    tau = float(stats.kendalltau(x, y).statistic)
-    draws = np.array([stats.kendalltau(x, order).statistic for order in _orders(y)])
-    up, down = float((draws >= tau - 1e-12).mean()), float((draws <= tau + 1e-12).mean())
-    verdict = "supported" if up < LEVEL else "refuted" if down < LEVEL else "undecided"
-    return [Claim(GROWS, verdict, tau, float("nan"), float("nan"), "Kendall's τ", up, runs, note)]
-
-
-PARAMETERS = "% of the parameters"  # the unit of claims about them
-GROWS = "the best uniform rank grows with the gap of the task"
-
-
 def parameters_at_equal_error(
     protocol: Protocol, rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str
 ) -> list[Claim]:
@@ -218,7 +148,7 @@ def parameters_at_equal_error(
         if difference is None:
             continue
         around = [r for r in ranks if r <= rank][-1:] + [r for r in ranks if r > rank][:1]
-        means = [np.mean(list(_errors(rows, task, r, UNIFORM, "gate").values()) or [np.nan]) for r in around]
+        means = [np.mean(list(errors_of(rows, task, r, UNIFORM, "gate").values()) or [np.nan]) for r in around]
         known = len(around) == 2 and min(means) > 0
         slope = np.log(means[1] / means[0]) / np.log(around[1] / around[0]) if known else np.nan
         if not slope < 0:
@@ -234,41 +164,7 @@ def parameters_at_equal_error(
     return [replace(claim, unit=PARAMETERS)]
 
 
-def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:
-    """The gate's answer for a user: does rank matter here, which rank, at which rate, and what it costs.
-
-    Raises:
-        ValueError: if the rank curve of the task is not there.
-    """
-    gate = rank_matters(protocol, rows, task)
-    means: dict[int, float] = {}
-    for rank in sorted(protocol.gate):
-        errors = list(_errors(rows, task, rank, UNIFORM, "gate").values())
-        if errors:
-            means[rank] = float(np.mean(errors))
-    rank = min(means)
-    if gate.matters:
-        # The smallest rank that is no more than a seed's standard deviation above the best.
-        rank = min(r for r, mean in means.items() if mean <= min(means.values()) + gate.spread)
-    row = next(row for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank))
-    others = [
-        f"{name} {np.mean(found):.4g}"
-        for name, found in (
-            ("frozen body", list(_errors(rows, task, 0, FROZEN, "gate").values())),
-            ("full fine-tuning", list(_errors(rows, task, 0, FULL, "gate").values())),
-        )
-        if found
-    ]
-    curve = ", ".join(f"r = {r}: {mean:.4g}" for r, mean in means.items())
-    answer = "rank matters" if gate.matters else "rank hardly matters"
-    return (
-        f"{task}: {answer} ({curve}; {', '.join(others)}; a seed's standard deviation {gate.spread:.2g}). "
-        f"Use rank=uniform rank.r={rank} finetune.optimizer.lr={row.lr:g} finetune.predictor_lr={row.predictor_lr:g}: "
-        f"{row.parameters:,} trained parameters, {row.seconds:.0f} s a run here."
-    )
-
-
-def _errors(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -> dict[tuple[int, int], float]:
+def errors_of(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -> dict[tuple[int, int], float]:
     """(seed, permutation) -> test error."""
     return {
         (row.seed, row.permutation): row.test
@@ -287,13 +183,3 @@ def _claim(text: str, estimate: Estimate, p: float, p_outside: float, note: str 
     if verdict == "equivalent" and p < LEVEL:
         note = "; ".join(part for part in ("reliably different, by less than is of use", note) if part)
     return Claim(text, verdict, estimate.mean, low, high, "% of the error", p, estimate.runs, note)
-
-
-def _orders(values: Sequence[int], most: int = 7) -> list[list[int]]:
-    """Every order of a few values, 5,000 random ones of more."""
-    from itertools import permutations
-
-    if len(values) <= most:
-        return [list(order) for order in permutations(values)]
-    draw = np.random.default_rng(0)
-    return [list(draw.permutation(values)) for _ in range(5000)]

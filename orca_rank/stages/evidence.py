@@ -22,9 +22,10 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences, select
 from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import half_width
+from orca_rank.evidence.curves import recommended
 from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
 from orca_rank.evidence.protocol import Protocol, most, pending, rank_matters
-from orca_rank.evidence.verdicts import MARGIN, recommended
+from orca_rank.evidence.verdicts import MARGIN
 from orca_rank.report.claims import markdown, rank_curves
 from orca_rank.report.plots import curve_figure, png
 from orca_rank.stages import align, finetune, measure
@@ -90,6 +91,11 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
                 own += 1
                 with locked(folder, wait=True):
                     _collect(folder, read_rows(config, folder, protocol, known))
+    allowed = config.evidence.most_points is None or own < config.evidence.most_points
+    if allowed and protocol.gate and len(protocol.tasks) > 1:  # the gaps of tasks that no rule was compared on
+        for task in set(protocol.tasks) - _gaps(folder, protocol, str(config.evidence.metric)).keys():
+            with locked(_at_work(folder, task, "measure"), wait=True):
+                _measured(config, folder, task, costs[task], protocol, rows, rules=False)
 
 
 @contextlib.contextmanager
@@ -215,18 +221,21 @@ def _is_donor(protocol: Protocol, point: Point) -> bool:
     return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate, default=0), 0)
 
 
-def _measured(config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol, rows: Sequence[Row]) -> None:
+def _measured(
+    config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol, rows: Sequence[Row], rules: bool = True
+) -> None:
     """What the rules read, once a task: the update that the largest uniform rank learned, and gaps and spectra with the
     predictor of the frozen body's first run (through a random predictor gradients see noise).
 
-    Rows may have come without their fine-tunes, as those of the repository do: the two are then run again.
+    Rows may have come without their fine-tunes, as those of the repository do: the two are then run again. Without
+    rules the gaps alone are wanted, and the update is not.
     """
     gate = [row.point for row in rows if (row.part, row.task, row.seed) == ("gate", task, 0)]
     frozen = next(point for point in gate if point.rule == FROZEN)
-    donor = next(point for point in gate if _is_donor(protocol, point))
-    for point, result in ((frozen, "metrics.json"), (donor, "update.safetensors")):
+    donors = [point for point in gate if rules and _is_donor(protocol, point)]
+    for point, result in ((frozen, "metrics.json"), *((donor, "update.safetensors") for donor in donors)):
         if not (folder / task / "finetune" / point.name / result).exists():
-            finetune.run(configured(config, folder, point, cost, keep_update=point == donor))
+            finetune.run(configured(config, folder, point, cost, keep_update=point in donors))
     if not (folder / task / "measure" / "layers.json").exists():
         fitted = folder / task / "finetune" / frozen.name
         measure.run(for_task(config, folder, task, {"measure": {"fitted": str(fitted)}}))
