@@ -26,6 +26,7 @@ from orca_rank.adapters import (
     unload,
 )
 from orca_rank.adapters import lean as lean_module
+from orca_rank.adapters.blocks import Attention, KeptAttention
 from orca_rank.adapters.lean import LeanLinear, Plan, cheapest
 from orca_rank.adapters.products import FastLinear
 from orca_rank.ranks import RankPlan
@@ -157,7 +158,18 @@ def test_gradcheck_of_the_fast_product(folds, with_bias, monkeypatch):
 def test_fast_is_plain(make, options):
     plain, fast = (adapt(make().double(), memory, **options) for memory in ("plain", "fast"))
     assert_same(gradients(plain, inputs(plain)), gradients(fast, inputs(plain)))
+    assert any("forward" in vars(block) for block in fast.modules()) == (make is swin)
+    set_memory(fast, "plain")
     assert not any("forward" in vars(block) for block in fast.modules())
+
+
+def test_gradcheck_of_attention_that_keeps_its_weights():
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(2, 2, 3, 3, dtype=torch.float64, generator=generator)  # two windows of three tokens, two heads
+    attention = Attention(2, bias, 0.7)
+    qkv = torch.randn(4, 3, 12, dtype=torch.float64, generator=generator).requires_grad_()
+    assert apart(KeptAttention.apply(attention, qkv), attention(qkv)) < 1e-14
+    assert torch.autograd.gradcheck(lambda qkv: KeptAttention.apply(attention, qkv), qkv)
 
 
 @pytest.mark.parametrize(("width", "chosen"), [(12, "fast"), (96, "lean")])
@@ -182,9 +194,10 @@ def test_bfloat16_autocast(memory):
             assert float(F.cosine_similarity(p.grad.flatten(), exact[name].flatten(), dim=0)) > 0.95, name
 
 
-def test_one_function_at_extreme_logits():
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_one_function_at_extreme_logits(memory):
     """timm's mask is -100, which logits of some hundreds outweigh: trained, evaluated, lean, plain and bare agree."""
-    bare, plain, lean = swin().double(), adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+    bare, plain, lean = swin().double(), adapt(swin().double(), "plain"), adapt(swin().double(), memory)
     for model in (bare, plain, lean):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -226,9 +239,9 @@ def test_evaluation_folds_the_product_and_gives_the_same(memory, options, monkey
     assert apart(model(x), expected) < 1e-6 and not any(calls)
 
 
-@pytest.mark.parametrize("make", [swin, vit])
-def test_a_whole_model_is_copied_and_pickled(make, tmp_path):
-    model = adapt(make(), "lean").train()
+@pytest.mark.parametrize(("make", "memory"), [(swin, "lean"), (vit, "lean"), (swin, "fast")])
+def test_a_whole_model_is_copied_and_pickled(make, memory, tmp_path):
+    model = adapt(make(), memory).train()
     x = inputs(model, torch.float32)
     torch.save(model, tmp_path / "model.pt")
     for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
@@ -305,9 +318,10 @@ def test_lora_fa_saves_activations_in_a_fast_step_and_none_in_a_lean_one():
         assert kept[memory, "A"] < 0.8 * kept[memory, None]
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
-    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+def test_activation_checkpointing(reentrant, memory):
+    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), memory)
     for stage in lean.layers:
         stage.blocks = _Checkpointed(stage.blocks, reentrant)
     first, second = gradients(plain, inputs(plain)), gradients(lean, inputs(lean))
@@ -373,14 +387,16 @@ def test_two_backward_passes_through_one_graph_stop_with_an_error(monkeypatch):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified"):
         loss.backward()
-    set_memory(model, "plain")
-    loss = model(inputs(model, torch.float32)).sum()
-    loss.backward(retain_graph=True)
-    loss.backward()
+    for memory in ("plain", "fast"):
+        set_memory(model, memory)
+        loss = model(inputs(model, torch.float32)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
 
 
-def test_hooks_are_still_called():
-    model = adapt(swin(), "lean")
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_hooks_are_still_called(memory):
+    model = adapt(swin(), memory)
     seen = []
     model.layers[0].blocks[1].attn.proj.register_forward_hook(lambda *_: seen.append("proj"))
     model.layers[0].blocks[0].norm1.register_forward_pre_hook(lambda *_: seen.append("norm"))
@@ -388,8 +404,9 @@ def test_hooks_are_still_called():
     assert seen == ["norm", "proj"]
 
 
-def test_trained_norms_and_biases_get_their_gradients():
-    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), "lean")
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_trained_norms_and_biases_get_their_gradients(memory):
+    plain, lean = adapt(swin().double(), "plain"), adapt(swin().double(), memory)
     for model in (plain, lean):
         block = model.layers[0].blocks[1]
         for module in (block.norm1, block.norm2):

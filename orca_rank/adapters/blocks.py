@@ -29,9 +29,9 @@ def set_memory(model: nn.Module, memory: str) -> None:
 
     Args:
         model: with adapters.
-        memory: ``plain`` is ordinary autograd, the readable reference; ``fast`` keeps as much, and multiplies less (see
-            `products`); ``lean`` is fast, and rebuilds the outputs of LayerNorm, GELU and window attention in the
-            backward pass; ``auto`` is one of the last two, see `choose_memory`.
+        memory: ``plain`` is ordinary autograd, the readable reference; ``fast`` keeps as much, multiplies less (see
+            `products`) and copies less in window attention; ``lean`` is fast, and rebuilds the outputs of LayerNorm,
+            GELU and window attention in the backward pass; ``auto`` is one of the last two, see `choose_memory`.
 
     Raises:
         ValueError: for another mode.
@@ -47,7 +47,8 @@ def set_memory(model: nn.Module, memory: str) -> None:
         if not (_is_swin(block) or _is_vit(block)):
             continue
         vars(block).pop("forward", None)
-        if memory == "lean" and any(isinstance(module, AdaptedLinear) for module in block.modules()):
+        gains = memory == "lean" or (memory == "fast" and _is_swin(block))  # from a forward pass of ours
+        if gains and any(isinstance(module, AdaptedLinear) for module in block.modules()):
             block.forward = partial(swin_block if _is_swin(block) else vit_block, block)  # unlike a method, it pickles
 
 
@@ -92,13 +93,15 @@ def _in_the_way(block: nn.Module) -> bool:
 def run_after(
     linear: nn.Module, before: Callable[..., Tensor], x: Tensor, group: int | None = None, reuse: bool = False
 ) -> Tensor:
-    """``linear(before(x))``, keeping x instead of ``before``'s output where the adapters allow it.
+    """``linear(before(x))``, keeping x instead of ``before``'s output where the adapters allow it and ask for it.
 
     A frozen Linear keeps nothing of its input in any case.
     """
     trained = isinstance(before, nn.Module) and any(p.requires_grad for p in before.parameters())
-    if isinstance(linear, AdaptedLinear) and linear.is_lean and not trained:
+    if isinstance(linear, AdaptedLinear) and linear.memory == "lean" and linear.is_lean and not trained:
         return linear.after(before, x, group=group, reuse=reuse)
+    if isinstance(before, Attention) and not torch.is_autocast_enabled(x.device.type):
+        return linear(KeptAttention.apply(before, x))
     return linear(before(x))
 
 
@@ -180,23 +183,47 @@ class Attention:
         q, k, v = split_heads(qkv, self.heads)
         return weighted_sum(attention_weights(q, k, self.bias, self.scale), v)
 
+    def parts(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, each (n, heads, T, C/heads), and the weights (n, heads, T, T)."""
+        q, k, v = split_heads(qkv, self.heads)
+        return q, k, v, attention_weights(q, k, self.bias, self.scale)
+
+    def pull(self, du: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+        """The gradient of qkv, (n, T, 3C), from that of the value, (n, T, C)."""
+        n, t, c = du.shape
+        do = du.view(n, t, self.heads, -1).transpose(1, 2).contiguous()  # (n, heads, T, C/heads)
+        ds = torch.ops.aten._softmax_backward_data(do @ v.mT, weights, -1, weights.dtype).mul_(self.scale)
+        dqkv = du.new_empty(n, t, 3 * c)
+        dq, dk, dv = dqkv.view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        dq.copy_(ds @ k)
+        dk.copy_(ds.mT @ q)
+        dv.copy_(weights.mT @ do)
+        return dqkv
+
     def vjp(self, qkv: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
         """The value, and a function from its gradient to that of qkv."""
-        q, k, v = split_heads(qkv, self.heads)
-        weights = attention_weights(q, k, self.bias, self.scale)
+        parts = self.parts(qkv)
+        shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
+        return weighted_sum(parts[3], parts[2]), lambda du: [self.pull(du.view(shape), *parts)]
 
-        def pull(du: Tensor) -> list[Tensor]:
-            n, t, _ = qkv.shape
-            do = du.view(n, t, self.heads, -1).transpose(1, 2).contiguous()  # (n, heads, T, C/heads)
-            ds = torch.ops.aten._softmax_backward_data(do @ v.mT, weights, -1, weights.dtype).mul_(self.scale)
-            dqkv = torch.empty_like(qkv)
-            dq, dk, dv = dqkv.view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            dq.copy_(ds @ k)
-            dk.copy_(ds.mT @ q)
-            dv.copy_(weights.mT @ do)
-            return [dqkv]
 
-        return weighted_sum(weights, v), pull
+class KeptAttention(torch.autograd.Function):
+    """`Attention` whose backward pass keeps q, k, v and the weights, as autograd would, and copies less than it.
+
+    Args of ``apply``: the attention; qkv (n, T, 3C).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, attention: Attention, qkv: Tensor) -> Tensor:
+        parts = attention.parts(qkv)
+        ctx.attention = attention
+        ctx.save_for_backward(*parts)
+        return weighted_sum(parts[3], parts[2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, du: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.attention.pull(du, *ctx.saved_tensors)
 
 
 def vit_block(block: Any, x: Tensor, *args: Tensor, **options: Tensor) -> Tensor:
