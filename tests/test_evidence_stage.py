@@ -256,3 +256,20 @@ def test_what_the_rules_will_need_is_tried_before_any_fine_tune(
             )
         )
     assert not made_up
+
+
+def test_an_arm_that_cannot_be_is_told_before_any_fine_tune(
+    composed: Callable[..., DictConfig], made_up: list[str]
+) -> None:
+    arms = (
+        "+adapter@evidence.arms.lora.adapter=lora",
+        "+adapter@evidence.arms.dora.adapter=dora",
+        "evidence.baseline=lora",
+        "evidence.arms_rank=1",
+        "evidence.most_points=1",
+    )
+    with pytest.raises(ValueError, match=r"evidence\.tasks\.digits, arm dora: layers\.0.*adapt q, k and v fused"):
+        evidence.run(composed(*TINY, *arms))
+    assert not made_up
+    evidence.run(composed(*TINY, *arms, "+evidence.arms.dora.layers.qkv=fused"))
+    assert len(made_up) == 1

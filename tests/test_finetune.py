@@ -21,6 +21,8 @@ from orca_rank.artifacts.files import write_json, write_tensors
 from orca_rank.build import build
 from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages import finetune, predict
+from orca_rank.stages.setup import build_model
+from orca_rank.stages.trainable import audit
 from orca_rank.training.finetune import FinetuneOptions
 
 TINY = (
@@ -142,7 +144,7 @@ def test_only_what_is_declared_moves(composed: Callable[..., DictConfig]) -> Non
     config = composed(*TINY, "embedder.train=false")
     finetune.run(config)
     saved = load_file(folder(config) / "model.safetensors")
-    before = finetune.build_model(config, build(config.data).task).embedder.state_dict()
+    before = build_model(config, build(config.data).task).embedder.state_dict()
     for name, value in before.items():
         torch.testing.assert_close(saved[f"embedder.{name}"], value, rtol=0, atol=0)
     assert json.loads((folder(config) / "metrics.json").read_text())["trainable_parameters"]["embedder"] == 0
@@ -169,11 +171,11 @@ def test_bad_choices_stop_before_any_work(composed: Callable[..., DictConfig]) -
 def test_a_fresh_predictor_may_be_frozen_only_on_purpose(composed: Callable[..., DictConfig]) -> None:
     config = composed(*TINY)
     data = build(config.data)
-    model = finetune.build_model(config, data.task)
+    model = build_model(config, data.task)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen_on_purpose"):
-        finetune.audit(model, config.embedder, frozen_on_purpose=False)
-    finetune.audit(model, config.embedder, frozen_on_purpose=True)
+        audit(model, config.embedder, frozen_on_purpose=False)
+    audit(model, config.embedder, frozen_on_purpose=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(composed: Callable[..., DictConfig]) -> None:
@@ -201,7 +203,7 @@ def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], ad
     config = composed(*TINY, f"adapter={adapter}")
     with pytest.raises((ValueError, FileNotFoundError), match="stage=measure"):
         finetune.run(config)
-    body = finetune.build_model(config, build(config.data).task).body
+    body = build_model(config, build(config.data).task).body
     layers = adaptable_layers(body, config.layers.target, config.layers.qkv)
     gap = {"low": 0.0, "high": 9.0, "p": 0.01}
     records = [{**layer.to_dict(), "gap": {"mmd": {"value": float(i), **gap}}} for i, layer in enumerate(layers)]
@@ -235,7 +237,7 @@ def test_each_part_learns_at_its_own_rate(composed: Callable[..., DictConfig]) -
             *(f"{name}={value}" for name, value in chosen.items()),
         )  # fmt: skip
         data = build(config.data)
-        before = finetune.build_model(config, data.task)
+        before = build_model(config, data.task)
         finetune.run(config)
         saved = load_file(folder(config) / "model.safetensors")
         moved = {

@@ -20,6 +20,7 @@ from orca_rank.build import build
 from orca_rank.fitted import Fitted
 from orca_rank.ranks import Budget, Layer, posterior
 from orca_rank.stages import finetune, rank_losses
+from orca_rank.stages.planning import make_plan
 from orca_rank.task import Task
 
 TINY = (
@@ -78,7 +79,7 @@ def test_rows_are_the_losses_of_the_cut_model_and_the_posterior_reads_them(compo
             decided += 1
     assert decided
     assert posterior(layers, Budget(mean_rank=2), losses=path).total_rank == 2 * len(layers)
-    planned = finetune.make_plan(composed(*TINY, "rank=posterior", f"rank.losses={path}"), layers)
+    planned = make_plan(composed(*TINY, "rank=posterior", f"rank.losses={path}"), layers)
     assert planned.rule == "posterior"
 
 

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from orca_rank.artifacts.damaged import reading
-from orca_rank.artifacts.files import atomic, read_json, read_record, write_csv, write_json
+from orca_rank.artifacts.files import read_json, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences, select
-from orca_rank.evidence.claims import claims
-from orca_rank.evidence.compare import half_width
-from orca_rank.evidence.curves import recommended
 from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
-from orca_rank.evidence.protocol import Protocol, most, pending, rank_matters
-from orca_rank.evidence.verdicts import MARGIN
-from orca_rank.report.claims import markdown, rank_curves
-from orca_rank.report.plots import curve_figure, png
+from orca_rank.evidence.protocol import Protocol, most, pending
 from orca_rank.stages import align, finetune, measure
-from orca_rank.stages.evidence_points import check_rules, configured, cost_of_one_rank, for_task, task_options
-from orca_rank.stages.planning import read_layers
+from orca_rank.stages.evidence_points import (
+    check_arms,
+    check_rules,
+    configured,
+    cost_of_one_rank,
+    for_task,
+    task_options,
+)
+from orca_rank.stages.evidence_words import announce, conclude, gaps_of
 from orca_rank.stages.setup import stage_folder
 from orca_rank.stages.tracking import show
 from orca_rank.tracking.pages import evidence_page
 
 console = Console(highlight=False)
 PAUSE = 5.0  # seconds between looks at what other processes have ended
-SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of this size, before this one has its own
 
 
 def run(config: DictConfig) -> None:
@@ -58,19 +53,20 @@ def run(config: DictConfig) -> None:
             f"set adapter.module.scaling=constant"
         )
     folder = stage_folder(config, "evidence")
-    _announce(protocol)
+    announce(protocol)
     known: dict[Path, Row] = {}
     _run(config, folder, protocol, known)
     with locked(folder, wait=True):
         rows = read_rows(config, folder, protocol, known)
         _collect(folder, rows)
-        _conclude(folder, protocol, rows, str(config.evidence.metric))
+        conclude(folder, protocol, rows, str(config.evidence.metric))
     show(config, "evidence", folder, select(config, "evidence"), lambda: evidence_page(folder.parent))
 
 
 def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path, Row]) -> None:
     costs = {task: cost_of_one_rank(config, task) for task in protocol.tasks}
     check_rules(config, folder, protocol, costs)
+    check_arms(config, folder, protocol, costs)
     started, begun, own = time.monotonic(), len(read_rows(config, folder, protocol, known)), 0
     while points := pending(protocol, rows := read_rows(config, folder, protocol, known)):
         if config.evidence.most_points is not None and own >= config.evidence.most_points:
@@ -93,7 +89,7 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
                     _collect(folder, read_rows(config, folder, protocol, known))
     allowed = config.evidence.most_points is None or own < config.evidence.most_points
     if allowed and protocol.gate and len(protocol.tasks) > 1:  # the gaps of tasks that no rule was compared on
-        for task in set(protocol.tasks) - _gaps(folder, protocol, str(config.evidence.metric)).keys():
+        for task in set(protocol.tasks) - gaps_of(folder, protocol, str(config.evidence.metric)).keys():
             with locked(_at_work(folder, task, "measure"), wait=True):
                 _measured(config, folder, task, costs[task], protocol, rows, rules=False)
 
@@ -243,64 +239,3 @@ def _measured(
 
 def _collect(folder: Path, rows: Sequence[Row]) -> None:
     write_csv(folder / "evidence.csv", [row.to_dict() for row in rows])
-
-
-def _announce(protocol: Protocol) -> None:
-    """What the run can tell apart, before any work: half the 95 % interval of a paired difference."""
-    seeds = sorted({protocol.seeds_of(rule) for rule in (UNIFORM, *protocol.rules)})
-    widths = ", ".join(f"±{half_width(SPREAD, count):.1f} % with {count} seeds" for count in seeds)
-    console.print(
-        f"{len(protocol.tasks)} tasks, {len(protocol.rules)} rules, {len(protocol.arms)} arms, at most "
-        f"{most(protocol)} fine-tunes; on one task a difference will be known to {widths} if seeds spread by "
-        f"{SPREAD} % (equivalence is asked within ±{MARGIN:g} %)"
-    )
-
-
-def _gaps(folder: Path, protocol: Protocol, metric: str) -> dict[str, float]:
-    """Task -> median calibrated gap over its layers; of rows that came without their measurement, as known before."""
-    path, known = folder / "claims.json", {}
-    if path.exists():
-        known = read_record(path, "stage=evidence", lambda payload: dict(payload["gaps"]))
-    for task in protocol.tasks:
-        measured = folder / task / "measure" / "layers.json"
-        if measured.exists():
-            known[task] = median(layer.gap[metric].value for layer in read_layers(measured))
-    return {task: known[task] for task in protocol.tasks if task in known}
-
-
-def _conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:
-    gaps = _gaps(folder, protocol, metric)
-    found = list(claims(protocol, rows, gaps))
-    answers = []
-    for task in protocol.tasks:
-        try:
-            rank_matters(protocol, rows, task)
-        except ValueError:
-            continue  # its curve has not been run yet
-        answers.append(recommended(protocol, rows, task))
-    payload: dict[str, Any] = {
-        "claims": [claim.to_dict() for claim in found],
-        "recommended": answers,
-        "gaps": gaps,
-        "runs": len(rows),
-        "seconds": math.fsum(row.seconds for row in rows),
-    }
-    write_json(folder / "claims.json", payload)
-    with atomic(folder / "README.md") as temporary:
-        temporary.write_text(markdown(found, rows, answers))
-    if curves := rank_curves(rows):
-        with atomic(folder / "rank_curve.png") as temporary:
-            temporary.write_bytes(png(curve_figure(curves)))
-    table = Table("claim", "verdict", "figure", "95 % interval", "runs")
-    for claim in found:
-        table.add_row(
-            escape(claim.claim),
-            claim.verdict,
-            f"{claim.estimate:+.2f} {claim.unit}",
-            f"{claim.low:+.2f} to {claim.high:+.2f}",
-            str(claim.runs),
-        )
-    console.print(table if found else "no claim can be decided yet")
-    for answer in answers:
-        console.print(answer, soft_wrap=True, markup=False)
-    console.print(f"written to {folder / 'evidence.csv'} and {folder / 'claims.json'}", soft_wrap=True)

@@ -15,10 +15,12 @@ from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point
 from orca_rank.evidence.protocol import Protocol
 from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages import measure
+from orca_rank.stages.adapted import adapted_model
 from orca_rank.stages.setup import bare_model, outline
 
 # What every fine-tune of a task has in common; what a point chooses itself is not among it.
 SECTIONS = ("data", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer")
+MERGED = ("finetune", "embedder", "layers")  # no groups: what a task or arm does not name of them stays
 TRAINED = "orca_rank.ranks.trained"
 OF_SOURCE = ("source", "gap")  # what measuring, aligning and pretraining read beside that
 
@@ -40,7 +42,7 @@ def for_task(config: DictConfig, folder: Path, task: str, options: Mapping[str, 
 def _take(own: DictConfig, nodes: Mapping[str, Any]) -> None:
     """Groups are replaced; sections that are no groups keep what is not named."""
     for name, node in nodes.items():
-        own[name] = OmegaConf.merge(own[name], node) if name in ("finetune", "embedder") else copy.deepcopy(node)
+        own[name] = OmegaConf.merge(own[name], node) if name in MERGED else copy.deepcopy(node)
 
 
 def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
@@ -81,6 +83,22 @@ def check_rules(config: DictConfig, folder: Path, protocol: Protocol, costs: Map
                         measure.check_options(configured(config, folder, point, costs[task]))
             except ValueError as error:
                 raise ValueError(f"evidence.tasks.{task}, rule {rule}: {error}") from error
+
+
+def check_arms(config: DictConfig, folder: Path, protocol: Protocol, costs: Mapping[str, int]) -> None:
+    """Build and adapt every arm's model once, before hours of work lead to one that cannot be.
+
+    Raises:
+        ValueError: for an adapter that the task's body cannot take, with the task and the arm.
+    """
+    for task in protocol.tasks:
+        for arm in protocol.arms:
+            own = configured(config, folder, Point("arms", task, arm, protocol.arms_rank, 0, 0, 1.0, 1.0), costs[task])
+            own.embedder.aligned = False  # its embedder is trained on the way
+            try:
+                adapted_model(own, outline(build(own.data)))
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"evidence.tasks.{task}, arm {arm}: {error}") from error
 
 
 def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_update: bool = False) -> DictConfig:

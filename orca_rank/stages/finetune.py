@@ -16,20 +16,20 @@ from orca_rank import adapters
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
-from orca_rank.backbone import OrcaModel, weights_hash
+from orca_rank.backbone import OrcaModel
 from orca_rank.build import build, targets
 from orca_rank.data.module import InMemory
 from orca_rank.data.shares import share
 from orca_rank.options import number, one_of, read
 from orca_rank.processes import agreed, first, first_alone, world
 from orca_rank.ranks import RankPlan
+from orca_rank.stages.adapted import adapted_model
 from orca_rank.stages.continued import go_on_from
 from orca_rank.stages.curriculum import check_source, labelled_source, make_curriculum
-from orca_rank.stages.planning import budget_of, layers_of, make_plan
+from orca_rank.stages.planning import budget_of
 from orca_rank.stages.setup import (
     MODEL_SECTIONS,
     aligned_embedder,
-    build_model,
     check,
     contents,
     held,
@@ -43,11 +43,7 @@ from orca_rank.stages.trainable import (
     DIRECTIONS,
     METHODS,
     TAKEN,
-    adapter_module,
-    audit,
     count_parameters,
-    make_trainable,
-    probe_adapters,
     rebuilt,
 )
 from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
@@ -153,27 +149,18 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         data = ready(config.data)
         lent = labelled_source(config)
     task = data.task
-    model = build_model(config, task)
-    weights = weights_hash(model.body)
-    injected = config.adapter.method == "inject"
-    layers = layers_of(config, model.body)
-    plan = make_plan(config, layers) if injected else None
-    measured = stage_folder(config, "measure")
-    adapter = adapter_module(plain(config.adapter), layers, measured) if injected else None
-    trained = {"embedder": config.embedder.train, "predictor": not config.predictor.frozen_on_purpose}
-    make_trainable(model, config.adapter.method, plan, adapter, **trained)
-    audit(model, config.embedder, config.predictor.frozen_on_purpose)
-    if injected:
-        probe_adapters(model, task.input_shape)
+    adapted = adapted_model(config, task)
+    model, layers, plan, adapter = adapted.model, adapted.layers, adapted.plan, adapted.adapter
+    weights, injected = adapted.weights, plan is not None
     if (source := _source(config)) is not None:
         go_on_from(model, source, task, weights, targets(config))
     update = update_of(model.body, layers, injected) if options.keep_update else None
     curriculum = make_curriculum(lent, options, model, task, int(config.seed))
     counts = count_parameters(model, injected, curriculum)
     if plan is not None:
-        adapted = sum(rank > 0 for rank in plan.ranks.values())
+        count = sum(rank > 0 for rank in plan.ranks.values())
         console.print(
-            f"{config.adapter.name}: {adapted} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}"
+            f"{config.adapter.name}: {count} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}"
         )
     console.print(f"trainable parameters: {counts['trainable_parameters']}")
 
