@@ -5,8 +5,8 @@
 
 Same timm model, ranks, inputs and optimiser on every side; float32, one thread. Sides: peft; peft_checkpointed, with
 timm's gradient checkpointing; peft_compiled, under torch.compile; plain, fast and lean, our paths (see `set_memory`);
-auto, the one that `inject` chooses; checkpointed, lean with checkpointing; floor, the frozen forward pass and the
-gradient of the input.
+auto, the one that `inject` chooses; checkpointed, lean with checkpointing; full, every weight trained; floor, the
+frozen forward pass and the gradient of the input. Beside a step's time stands the evaluation's of the same batch.
 
 Every repeat runs each side once. Ratios are over PEFT's CPU time in the same repeat: their median and quartiles; beside
 them the ratio of the fastest repeats, which other work on the machine disturbs least. The peak is the CPU allocator's
@@ -55,7 +55,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], int, int, int]] = {
     "r256": (SWIN, {}, 224, 8, 256),
     "swin_b": ("swin_base_patch4_window7_224", {}, 224, 4, 8),
 }
-SIDES = ("peft", "peft_checkpointed", "peft_compiled", "plain", "fast", "lean", "auto", "checkpointed", "floor")
+SIDES = ("peft", "peft_checkpointed", "peft_compiled", "plain", "fast", "lean", "auto", "checkpointed", "full", "floor")
 
 
 def build(name: str, options: dict[str, Any]) -> nn.Module:
@@ -77,8 +77,8 @@ def theirs(model: nn.Module, rank: int) -> nn.Module:
 
 def side_of(side: str, name: str, options: dict[str, Any], rank: int) -> nn.Module:
     model = build(name, options)
-    if side == "floor":
-        return model.requires_grad_(False)
+    if side in ("floor", "full"):
+        return model.requires_grad_(side == "full")
     model.set_grad_checkpointing(side.endswith("checkpointed"))
     if side.startswith("peft"):
         model = theirs(model, rank)
@@ -120,6 +120,16 @@ class Step:
         self()
         return time.process_time() - start, time.perf_counter() - wall
 
+    def evaluation(self) -> float:
+        """CPU time of the batch without gradients."""
+        self.model.eval()
+        start = time.process_time()
+        with torch.no_grad():
+            self.model(self.x)
+        taken = time.process_time() - start
+        self.model.train()
+        return taken
+
     def peak(self) -> int:
         """Bytes above what is allocated before the step."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -157,9 +167,11 @@ def compare(setting: str, sides: Sequence[str], repeats: int) -> None:
     steps = {side: Step(side_of(side, name, options, rank), size, batch) for side in sides}
     peaks = {side: step.peak() for side, step in steps.items()}
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in steps}
+    evaluations: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(repeats):
         for side, step in steps.items():
             times[side].append(step.seconds())
+            evaluations[side].append(step.evaluation())
     for side, pairs in times.items():
         cpu, wall = zip(*pairs, strict=True)
         ratios = [mine / peft for mine, (peft, _) in zip(cpu, times["peft"], strict=True)]
@@ -168,7 +180,8 @@ def compare(setting: str, sides: Sequence[str], repeats: int) -> None:
         print(
             f"{setting:<7}{side:<18} CPU {statistics.median(cpu):7.3f} s  wall {statistics.median(wall):7.3f} s"
             f"  time {middle:.2f} ({low:.2f} to {high:.2f}), fastest {fastest:.2f}"
-            f"  memory {peaks[side] / 2**20:5.0f} MiB, {peaks[side] / peaks['peft']:.3f} x PEFT",
+            f"  memory {peaks[side] / 2**20:5.0f} MiB, {peaks[side] / peaks['peft']:.3f} x PEFT"
+            f"  evaluation {statistics.median(evaluations[side]):6.3f} s",
             flush=True,
         )
     for side in ("plain", "fast", "lean", "auto"):
