@@ -177,5 +177,10 @@ def _listen() -> None:
             signal.signal(number, stop)
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The console script `orca_rank`, which shells can complete; they know of no `python -m`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    script()

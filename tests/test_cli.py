@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +252,21 @@ def test_what_was_raised_on_purpose_is_told_from_bugs(tmp_path: Path) -> None:
     assert message(lambda: shipped(None)) is None
     assert message(lambda: torch.ones(2) @ torch.ones(3)) is None
     assert message(lambda: {}["x"]) is None
+
+
+def test_a_shell_completes_groups_and_options(tmp_path: Path) -> None:
+    """As the completion that Hydra installs asks the console script of pyproject.toml."""
+    line = "orca_rank rank=prop"
+    script = tmp_path / "orca_rank"
+    script.write_text("from orca_rank.__main__ import script\nscript()\n")
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "PYTHONPATH": str(README.parent)}
+    answer = subprocess.run(
+        [sys.executable, str(script), "-sc", "query=bash"],
+        cwd=tmp_path,
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.stdout.split() == ["rank=proportional"]
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"orca_rank": "orca_rank.__main__:script"}
