@@ -30,6 +30,7 @@ from orca_rank.stages.evidence_words import announce, conclude, gaps_of
 from orca_rank.stages.setup import stage_folder
 from orca_rank.stages.tracking import show
 from orca_rank.tracking.pages import evidence_page
+from orca_rank.words import duration
 
 console = Console(highlight=False)
 PAUSE = 5.0  # seconds between looks at what other processes have ended
@@ -74,7 +75,7 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
             return
         done = len(rows) - begun
         left = max(most(protocol) - len(rows), len(points)) * (time.monotonic() - started) / max(done, 1)
-        time_left = f", at most {left / 3600:.1f} h left" if done else ""
+        time_left = f", at most {duration(left)} left" if done else ""
         with _claimed(folder, points) as point:
             if point is None:
                 time.sleep(PAUSE)

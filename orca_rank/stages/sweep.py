@@ -16,6 +16,7 @@ from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_tunes
 from orca_rank.report.tables import means, summary
 from orca_rank.stages.setup import stage_folder
+from orca_rank.words import duration
 
 EACH = 5e-4  # seconds that it takes to read a fine-tune, about
 FREE, SHARE = 1.0, 20  # seconds that a summary may take after every point; of more, one part of the time in so many
@@ -80,10 +81,3 @@ class Progress:
             return number
         left = (self.total - len(self.times)) * sum(recent) / len(recent)
         return f"{number}, about {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that a reader would take."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

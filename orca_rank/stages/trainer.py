@@ -151,10 +151,12 @@ def trainer_for(
     Args:
         job: what the logger is told of the stage, see `stages.tracking`.
     """
+    from orca_rank.training.forecast import Forecast  # here, because lightning takes seconds
+
     built = build(
         trainer,
         default_root_dir=str(folder),
-        callbacks=callbacks,
+        callbacks=[*callbacks, Forecast()],
         logger=logger_for(logger, folder, job) if logger else False,
         **options,
         **_several(trainer),
