@@ -184,6 +184,11 @@ def test_pages_link_to_pages_that_are_there() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_doctor_asks_for_every_extra() -> None:
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    assert {*doctor.EXTRAS.values()} == {*project["optional-dependencies"]} - {"dev"}
+
+
 def test_doctor_says_what_it_finds(
     composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

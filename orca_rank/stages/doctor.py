@@ -22,12 +22,16 @@ from orca_rank.backbone.the_timm import timm
 from orca_rank.weights import shipped
 
 PACKAGES = ("torch", "timm", "lightning", "hydra-core", "pot", "geomloss", "wandb", "scikit-learn", "safetensors")
-EXTRAS = {
+EXTRAS = {  # module that tells whether an extra of pyproject.toml is installed -> its name
     "peft": "peft",
     "bitsandbytes": "qlora",
+    "hydra_plugins.hydra_joblib_launcher": "joblib",
+    "hydra_plugins.hydra_submitit_launcher": "slurm",
+    "hydra_plugins.hydra_optuna_sweeper": "optuna",
     "wandb_workspaces": "dashboard",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
+    "mkdocs": "docs",
 }
 DATA = {
     "cifar-100-python/train": "data=cifar100",
@@ -45,9 +49,11 @@ def run(config: DictConfig) -> None:
     for package in PACKAGES:
         table.add_row(package, importlib.metadata.version(package), "")
     for module, extra in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
+        there = _installed(module)
         table.add_row(
-            module, "yes" if there else "no", "" if there else escape(f'optional: pip install "orca_rank[{extra}]"')
+            module.rpartition(".")[2],
+            "yes" if there else "no",
+            "" if there else escape(f'optional: pip install "orca_rank[{extra}]"'),
         )
     table.add_row(
         "backbone", config.backbone.name, weights_at_hand(OmegaConf.to_container(config.backbone, resolve=True))
@@ -67,6 +73,13 @@ def run(config: DictConfig) -> None:
     writable = os.access(nearest, os.W_OK)
     table.add_row("paths.runs", str(config.paths.runs), "writable" if writable else "NOT writable: set paths.runs")
     Console().print(table)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def weights_at_hand(backbone: Any) -> str:
