@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from shared import TINY_SWIN, apart
 
+import orca_rank as orca
 from orca_rank import load
 from orca_rank.data.arrays import Arrays
 from orca_rank.predictors.series import fold, layers_of, unfold
@@ -118,6 +119,12 @@ def predicted(
         assert (
             apart(fitted.predict(channels_first).reshape(-1), torch.from_numpy(found["prediction"]).reshape(-1)) < 1e-4
         )
+    answer = orca.predict(run, x[:5])  # in the shape of the files, as the stage's
+    assert answer.shape == found["prediction"].shape
+    assert apart(torch.from_numpy(answer), torch.from_numpy(found["prediction"])) < 1e-4
+    if fitted.task.series:
+        with pytest.raises(ValueError, match=r"expected \(n, C, L\), or \(n, L\) of one channel"):
+            orca.predict(fitted, x[:5, :, None])
     return found
 
 

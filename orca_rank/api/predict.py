@@ -27,28 +27,33 @@ def predict(
     """What a fine-tuned model says of new inputs, which are normalised by the statistics of its training data.
 
     Args:
-        fitted: a run folder, or what `load` gave. x: inputs (n, C, H, W), or (n, H, W) of one channel, in the unit of
-            the training data and as its files hold them: for Darcy flow the coefficient alone.
+        fitted: a run folder, or what `load` gave. x: inputs (n, C, H, W), or (n, H, W) of one channel, or series
+            (n, C, L) or (n, L), in the unit of the training data and as its files hold them: for Darcy flow the
+            coefficient alone.
         tag, trust: see `load`. batch_size: inputs of a forward pass.
 
     Returns:
-        what the task asks, such as class scores (n, classes) or fields (n, c, H, W) in physical units.
+        what the task asks, such as class scores (n, classes) or fields (n, c, H, W), of series (n, c, L), in physical
+            units.
 
     Raises:
         ValueError: for inputs of another shape or other channels, or as `load`.
     """
     model = fitted if isinstance(fitted, Fitted) else load(fitted, tag, trust)
-    images = torch.as_tensor(x)
-    images = images[:, None] if images.ndim == 3 else images
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected (n, C, H, W), or (n, H, W) of one channel, n >= 1")
+    images, series = torch.as_tensor(x), model.task.series
+    axes, whole, one = (3, "(n, C, L)", "(n, L)") if series else (4, "(n, C, H, W)", "(n, H, W)")
+    images = images[:, None] if images.ndim == axes - 1 else images
+    if images.ndim != axes or not len(images):
+        raise ValueError(f"x has shape {tuple(x.shape)}: expected {whole}, or {one} of one channel, n >= 1")
+    images = images[:, :, None] if series else images  # (n, C, 1, L)
     encode, device = _encoder(model, images, trust), next(model.parameters()).device
     found = []
     for part in images.split(batch_size):
         encoded = encode(part)  # (b, C, H, W)
         model.check(encoded)
         found.append(model(encoded.to(device)).cpu())
-    return torch.cat(found).numpy()
+    answer = torch.cat(found).numpy()
+    return answer.squeeze(-2) if series and answer.ndim > 2 and answer.shape[-2] == 1 else answer
 
 
 def _encoder(fitted: Fitted, x: Tensor, trust: Collection[str]) -> Callable[[Tensor], Tensor]:
