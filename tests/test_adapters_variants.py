@@ -401,8 +401,28 @@ def test_delta_lora_from_the_first_step_is_lora_with_a_larger_alpha():
     assert torch.allclose(delta(X), lora(X), atol=1e-8)
 
 
+def test_delta_lora_begins_after_its_share_of_the_run():
+    """A share of 10 steps is the number of steps that it comes to; a run too short to begin in is no Delta-LoRA."""
+    models = []
+    for start in (0.3, 3):
+        model, found = make(partial(DeltaLoRA, start=start), {"2": 3})
+        Steps(model).run_of(10)
+        train(model, steps=6)
+        assert found["2"].follows
+        models.append(model)
+    assert torch.equal(models[0](X), models[1](X))
+    plain, _ = make(LoRA, {"2": 3})
+    train(plain, steps=6)
+    assert apart(models[0](X), plain(X)) > 1e-6
+    unsaid, _ = make(partial(DeltaLoRA, start=0.3), {"2": 3})
+    with pytest.raises(ValueError, match=r"start=0\.3 is a share of the run: call Steps"):
+        begin_step(unsaid)
+    with pytest.raises(ValueError, match=r"start=10: the run has 10 optimiser steps, so W would never follow"):
+        Steps(make(partial(DeltaLoRA, start=10), {"2": 3})[0]).run_of(10)
+
+
 def test_delta_lora_refusals():
-    for options in ({"dropout": 0.1}, {"start": -1}, {"init": "symmetric"}):
+    for options in ({"dropout": 0.1}, {"start": -1}, {"start": 2.5}, {"init": "symmetric"}):
         with pytest.raises(ValueError):
             make(partial(DeltaLoRA, **options))
 

@@ -96,8 +96,18 @@ class ElaLoRA(LoRA):
         return self.orthogonal * ((p.T @ p - eye).square().sum() + (q @ q.T - eye).square().sum())
 
     def run_of(self, steps: int) -> None:
-        """Move between these shares of a run of so many optimiser steps."""
-        self.run = round(self.tinit * steps), steps - round(self.tfinal * steps)
+        """Move between these shares of a run of so many optimiser steps.
+
+        Raises:
+            ValueError: if no move would be due in it.
+        """
+        begin, end = self.run = round(self.tinit * steps), steps - round(self.tfinal * steps)
+        if -(-max(begin, 1) // self.every) * self.every >= end:  # the first multiple that is not before the begin
+            raise ValueError(
+                f"adapter.module.every={self.every}: the run has {steps} optimiser steps, of which tinit={self.tinit} "
+                f"and tfinal={self.tfinal} leave {begin} to {end} for moves, so no rank would ever move; set it lower, "
+                f"or train longer"
+            )
 
     @torch.no_grad()
     def end_step(self) -> None:

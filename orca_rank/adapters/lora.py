@@ -223,6 +223,9 @@ class LoRA(nn.Module):
         a, b = self.factors()
         return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
+    def run_of(self, steps: int) -> None:
+        """Told how many optimiser steps the run has; plain LoRA needs nothing."""
+
     def begin_step(self, generator: torch.Generator | None = None) -> None:
         """Called before an optimiser step's first forward pass; plain LoRA needs nothing."""
 

@@ -29,7 +29,7 @@ class Steps:
         """Tell adapters with a schedule how many optimiser steps the run has."""
         if self.tuner:
             self.tuner.run_of(steps)
-        for adapter in self.elastic:
+        for adapter in self.adapters:
             adapter.run_of(steps)
 
     def begin(self, generator: torch.Generator | None = None) -> None:

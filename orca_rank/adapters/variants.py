@@ -19,10 +19,11 @@ class DeltaLoRA(LoRA):
     Args:
         weight, rank and the rest: as in LoRA; no dropout, as in the paper.
         ratio: λ.
-        start: K, the number of steps before W begins to follow.
+        start: K, the number of steps before W begins to follow; below 1, their share of the run (see `Steps.run_of`).
 
     Raises:
-        ValueError: for dropout, a negative start, or an initialisation that moves W₀ itself.
+        ValueError: for dropout, a negative start, an initialisation that moves W₀ itself, or a run that ends before W
+            would follow.
     """
 
     inits: ClassVar[tuple[str, ...]] = B_ALONE
@@ -36,20 +37,45 @@ class DeltaLoRA(LoRA):
         rank: int,
         *,
         ratio: float = 2.0,
-        start: int = 500,
+        start: float = 0.1,
         dropout: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(weight, rank, dropout=dropout, **options)
         if dropout:
             raise ValueError(f"{self.name}: Delta-LoRA takes no dropout (received {dropout}): W must see what BA saw")
-        if start < 0:
-            raise ValueError(f"{self.name}: start is {start}; expected a number of steps, 0 or more")
+        if not 0 <= start or (start >= 1 and start != int(start)):
+            raise ValueError(
+                f"{self.name}: start is {start}; expected a number of steps, 0 or more, or a share of the run below 1"
+            )
         self.ratio, self.start = float(ratio), start
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.lora_A.device))
         self.start_A, self.start_B = torch.zeros_like(self.lora_A), torch.zeros_like(self.lora_B)
         if start == 0:
             self._follow()
+
+    @property
+    def follows(self) -> bool:
+        """Whether W follows the product by now."""
+        return bool(self.start_A.any())  # A_K; an A is never zero
+
+    def run_of(self, steps: int) -> None:
+        """Begin after a share of a run of so many optimiser steps, if `start` is one."""
+        self.start = round(self.start * steps) if self.start < 1 else int(self.start)
+        if self.start >= steps:
+            raise ValueError(
+                f"adapter.module.start={self.start}: the run has {steps} optimiser steps, so W would never follow and "
+                f"this were plain LoRA; set it below {steps}, or to a share of the run below 1"
+            )
+        if self.start == 0 and not self.follows:
+            self._follow()
+
+    def begin_step(self, generator: torch.Generator | None = None) -> None:
+        if 0 < self.start < 1:
+            raise ValueError(
+                f"{self.name}: start={self.start} is a share of the run: call Steps(model).run_of(<optimiser steps>) "
+                f"before the first, or give a number of steps"
+            )
 
     def _follow(self) -> None:
         self.start_A.copy_(self.lora_A.detach())
@@ -63,12 +89,12 @@ class DeltaLoRA(LoRA):
     @torch.no_grad()
     def offset(self) -> Float[Tensor, "d_out d_in"] | None:
         """λ s (BA − B_K A_K), what the algorithm has added to W; None before it starts."""
-        if int(self.steps) < self.start:
+        if not self.follows:
             return None
         return self.ratio * self.scale * (self.lora_B @ self.lora_A - self.start_B @ self.start_A)
 
     def plain(self) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"], float]:
-        if int(self.steps) < self.start:
+        if not self.follows:
             return self.lora_A.detach(), self.lora_B.detach(), self.scale
         a = torch.cat([self.lora_A, self.start_A])
         b = torch.cat([(1 + self.ratio) * self.lora_B, -self.ratio * self.start_B], dim=1)
