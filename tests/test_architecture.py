@@ -16,7 +16,7 @@ PACKAGE = Path(orca_rank.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
-    ("errors", "hints", "normaliser", "processes", "scoring"),
+    ("errors", "hints", "normaliser", "processes", "scoring", "words"),
     ("launch",),
     ("build", "artifacts", "options", "task"),
     ("distances", "predictors", "evidence", "weights"),

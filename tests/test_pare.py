@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +210,23 @@ def result(config: DictConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / "model.safetensors"), json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_weight_of_0_is_plain_fine_tuning_exactly(composed: Compose) -> None:
-    """Gate and head are counted, and are no part of the model that is written and loaded."""
-    options = (*TINY, "adapter.module.dropout=0.2", "finetune.epochs=2", "finetune.clip=1.0")
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_weight_of_0_is_plain_fine_tuning_exactly(composed: Compose, clip: float | None) -> None:
+    """Gate and head are counted, and are no part of the model that is written and loaded. Clipped it is so to rounding:
+    their zeros change the order in which some processors add up the norm."""
+    options = (
+        *TINY,
+        "adapter.module.dropout=0.2",
+        "finetune.epochs=2",
+        f"finetune.clip={'null' if clip is None else clip}",
+    )
     alike, plain = composed(*options, WITH, "finetune.curriculum.weight=0"), composed(*options)
     for config in (alike, plain):
         finetune.run(config)
     (tensors, metrics), (others, expected) = result(alike), result(plain)
-    assert tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert tensors.keys() == others.keys()
+    same = torch.equal if clip is None else partial(torch.allclose, rtol=1e-4, atol=1e-6)
+    assert all(same(tensors[name], others[name]) for name in tensors)
     assert metrics["test/error"] == expected["test/error"]
     width, features, classes = 8, 16, 10
     other = width + 1 + (features + 1) * classes

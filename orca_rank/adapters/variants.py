@@ -44,7 +44,7 @@ class DeltaLoRA(LoRA):
         super().__init__(weight, rank, dropout=dropout, **options)
         if dropout:
             raise ValueError(f"{self.name}: Delta-LoRA takes no dropout (received {dropout}): W must see what BA saw")
-        if not 0 <= start or (start >= 1 and start != int(start)):
+        if start < 0 or start != start or (start >= 1 and start != int(start)):
             raise ValueError(
                 f"{self.name}: start is {start}; expected a number of steps, 0 or more, or a share of the run below 1"
             )
