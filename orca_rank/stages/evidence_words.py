@@ -78,8 +78,8 @@ def conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str)
         table.add_row(
             escape(claim.claim),
             claim.verdict,
-            f"{claim.estimate:+.2f} {claim.unit}",
-            f"{claim.low:+.2f} to {claim.high:+.2f}",
+            f"{claim.estimate:+.2f} {claim.unit}" if math.isfinite(claim.estimate) else "",
+            f"{claim.low:+.2f} to {claim.high:+.2f}" if math.isfinite(claim.low) else "",
             str(claim.runs),
         )
     console.print(table if found else "no claim can be decided yet")
