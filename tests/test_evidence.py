@@ -208,6 +208,9 @@ def test_a_planted_effect_is_found_and_its_absence_too() -> None:
     assert gap.verdict == "supported" and gap.low < -8 < gap.high
     (fewer,) = parameters_at_equal_error(PROTOCOL, better, PROTOCOL.tasks, 2, "proportional")
     assert fewer.verdict == "supported" and fewer.unit == "% of the parameters"
+    slope = 0.3 * np.log(5 / 2) / np.log(4)  # of the curve between r = 1 and 4
+    assert fewer.estimate == pytest.approx(100 * np.expm1(-0.08 / slope), abs=4)
+    assert -100 < fewer.low < fewer.estimate < fewer.high < 0  # no rule needs less than nothing
     (alone, *_) = rules_against_uniform(better, ("far",), 2)
     assert alone.claim.endswith("on far") and alone.verdict == "supported"
     worse = run_all(PROTOCOL, lambda point: world(point, effect=0.08))
