@@ -161,8 +161,8 @@ def parameters_at_equal_error(
     note = f"from the slope of uniform's rank curve{'; no slope on ' + ', '.join(left_out) if left_out else ''}"
     text = f"{rule} needs fewer parameters than uniform for the error that uniform has at r = {rank}, {_where(tasks)}"
     claim = _claim(text, estimate, estimate.p, 1.0, note)
-    figures = {name: 100 * np.expm1(getattr(claim, name) / 100) for name in ("estimate", "low", "high")}
-    return [replace(claim, unit=PARAMETERS, **{name: float(value) for name, value in figures.items()})]
+    shares = [100 * float(np.expm1(value / 100)) for value in (claim.estimate, claim.low, claim.high)]
+    return [replace(claim, unit=PARAMETERS, estimate=shares[0], low=shares[1], high=shares[2])]
 
 
 def errors_of(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -> dict[tuple[int, int], float]:
