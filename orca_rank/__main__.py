@@ -9,7 +9,6 @@ import platform
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -62,10 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     os.environ[TYPED] = shlex.join(sys.argv[1:])
     _listen()
     failed: list[str] = []
-    passed: list[float] = []  # seconds that the points of a sweep took, one after the other
-    elsewhere = f".failed-{platform.node()}-{os.getpid()}"  # where jobs in processes of their own list theirs
+    moments: list[float] = []  # when the points of a sweep ended, one after the other; first when they began
+    elsewhere = f"-{platform.node()}-{os.getpid()}"  # ends the names of files in which jobs in other processes write
     try:
-        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere, passed))()
+        hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere, moments))()
     except SystemExit as end:
         if isinstance(listed := getattr(end.__context__, "listed", None), str):
             failed += Path(listed).read_text().splitlines()
@@ -97,7 +96,7 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[float]) -> float | None:
+def _job(config: DictConfig, failed: list[str], elsewhere: str, moments: list[float]) -> float | None:
     """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
     in the sweep's folder where this is a process of its own, whose status says so too.
 
@@ -111,48 +110,51 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str, passed: list[flo
     alone = hydra_config.mode != RunMode.MULTIRUN or hydra_config.launcher["_target_"].endswith(".BasicLauncher")
     if not alone:  # points that share an alignment or a measurement make it once
         os.environ[WAIT] = "1"
-    began = time.monotonic()
-    swept_over = hydra_config.mode == RunMode.MULTIRUN and world().size == 1
-    progress = _progress(hydra_config, passed) if swept_over else None
-    if progress is not None and alone:
-        print(f"\n{progress.words()}: {' '.join(swept(options))}", flush=True)
-    value = None
+    turn = None
+    if hydra_config.mode == RunMode.MULTIRUN and world().size == 1:
+        sweep = importlib.import_module("orca_rank.stages.sweep")  # here, because what it reads with takes a second
+        shared = None if alone else Path(hydra_config.sweep.dir) / f".ended{elsewhere}"
+        turn = sweep.Turn(Path(config.paths.runs) / str(config.run), _points(hydra_config), moments, shared)
+        if alone:
+            print(f"\n{turn.begins()}: {' '.join(swept(options))}", flush=True)
+    value, bad = None, None
     try:
         job.check(config)
         job.run(config, options, flags)
-        if swept_over and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
-            value = importlib.import_module("orca_rank.stages.sweep").objective(config)
+        if turn is not None and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
+            value = sweep.objective(config)
     except Exception as error:
         message = _show(error)
         if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
             sys.exit(1)
-        line = f"{' '.join(options)}: {message}"
-        if not alone:
-            listed = Path(hydra_config.sweep.dir) / elsewhere
+        line, value = f"{' '.join(options)}: {message}", math.inf
+        if alone:
+            failed.append(line)
+        else:
+            listed = Path(hydra_config.sweep.dir) / f".failed{elsewhere}"
             with listed.open("a") as stream:
                 stream.write(" ".join(line.split()) + "\n")
-            raise PointFailed(f"not all of the sweep went well: {message}", str(listed)) from None
-        failed.append(line)
-        value = math.inf
-    if progress is not None:
-        sweep = importlib.import_module("orca_rank.stages.sweep")
-        sweep.grow(Path(config.paths.runs) / str(config.run), last=alone and progress.last)
-        passed.append(time.monotonic() - began)
+            bad = PointFailed(f"not all of the sweep went well: {message}", str(listed))
+    if turn is not None:
+        said = turn.ends()
+        if not alone:
+            print(f"{said}: {' '.join(swept(options))}", flush=True)
+    if bad is not None:
+        raise bad
     return value
 
 
-def _progress(hydra_config: Any, passed: list[float]) -> Any:
-    """The `stages.sweep.Progress` of the running sweep."""
-    sweep = importlib.import_module("orca_rank.stages.sweep")  # here, because what it reads with takes a second
+def _points(hydra_config: Any) -> int | None:
+    """How many points the running sweep has; None where its sweeper alone knows."""
     sweeper = hydra_config.sweeper
-    total = sweeper.get("n_trials")
-    if str(sweeper["_target_"]).endswith(".BasicSweeper"):
-        words = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
-        words += [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-        overrides = {one.key_or_group: one for one in OverridesParser.create().parse_overrides(words)}
-        several = [one for one in overrides.values() if one.is_discrete_sweep()]
-        total = math.prod(sum(1 for _ in one.sweep_string_iterator()) for one in several)
-    return sweep.Progress(total, passed)
+    if not str(sweeper["_target_"]).endswith(".BasicSweeper"):
+        return sweeper.get("n_trials")
+    words = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
+    # As typed: the arguments of a process that a launcher starts are its own.
+    words += [word for word in shlex.split(os.environ[TYPED]) if "=" in word and not word.startswith("-")]
+    overrides = {one.key_or_group: one for one in OverridesParser.create().parse_overrides(words)}
+    several = [one for one in overrides.values() if one.is_discrete_sweep()]
+    return math.prod(sum(1 for _ in one.sweep_string_iterator()) for one in several)
 
 
 def _show(error: Exception) -> str:

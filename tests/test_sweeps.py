@@ -63,7 +63,8 @@ def test_points_beside_each_other_share_what_comes_before_the_fine_tune(tmp_path
     ranks = [json.loads(path.read_text())["ranks"] for path in run.glob("finetune/*/ranks.json")]
     assert sorted(max(one.values()) for one in ranks) == [1, 2]
     assert len(list(run.glob("finetune/*/metrics.json"))) == 2
-    assert not list(run.glob(".failed*"))
+    assert not list(run.glob(".failed*")) and not list(run.glob(".ended*"))
+    assert "3 of 3 points done: rank.r=" in said and "1 of 3 points done, about " in said
     with open(run / "summary.csv") as stream:
         assert sorted(row["budget"] for row in csv.DictReader(stream)) == ["r=1", "r=2"]
 
@@ -113,8 +114,25 @@ def test_a_sweep_says_how_far_it_is_and_its_summary_grows(
 
 
 def test_the_time_left_is_that_of_the_points_that_ran_last() -> None:
-    assert sweep.Progress(30, [0.0] * 5 + [60.0] * 10).words() == "point 16 of 30, about 15 min left"
-    assert sweep.Progress(None, [1.0]).words() == "point 2"
+    moments = [0.0] * 6 + [60.0 * point for point in range(1, 11)]  # five that were done before, ten of a minute
+    assert sweep.Progress(30, moments).next() == "point 16 of 30, about 15 min left"
+    assert sweep.Progress(30, moments).done() == "15 of 30 points done, about 15 min left"
+    assert sweep.Progress(15, moments).done() == "15 of 15 points done"
+    assert sweep.Progress(None, [0.0, 1.0]).next() == "point 2"
+
+
+def test_points_in_processes_of_their_own_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, each of a minute: the pace is that of both together. The summary knows which is the last."""
+    now, grown = [1000.0], []
+    monkeypatch.setattr(sweep.time, "time", lambda: now[0])
+    monkeypatch.setattr(sweep, "grow", lambda path, last: grown.append(last))
+    shared, said = tmp_path / "run" / ".ended", []
+    for _ in range(3):
+        turns = [sweep.Turn(tmp_path, 6, [], shared) for _ in range(2)]
+        now[0] += 60
+        said += [turn.ends() for turn in turns]
+    assert said[1] == "2 of 6 points done, about 2 min left" and said[3] == "4 of 6 points done, about 60 s left"
+    assert said[5] == "6 of 6 points done" and grown == [False] * 5 + [True] and not shared.exists()
 
 
 def test_a_folder_of_many_fine_tunes_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

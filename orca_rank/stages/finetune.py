@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
@@ -51,6 +52,7 @@ from orca_rank.stages.updates import update_of
 from orca_rank.task import Task
 from orca_rank.tracking.pages import finetune_page
 from orca_rank.training.average import Average
+from orca_rank.training.compiled import Trial, compiled
 from orca_rank.training.curve import Curve, Rates
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
@@ -175,11 +177,14 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     average = None if options.ema is None else Average(options.ema, changed)
     kept = changed if average is None else lambda: average.values
     keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
+    ours: list[Callback] = [] if average is None else [average]
+    if options.compile is not None:
+        ours.append(Trial(task.input_shape, options.compile))
     trainer = trainer_for(
         config.trainer,
         config.logger,
         folder,
-        [*([] if average is None else [average]), *callbacks_of(config), Rates(), Curve(folder / "curve.csv"), keep],
+        [*ours, *callbacks_of(config), Rates(), Curve(folder / "curve.csv"), keep],
         job_of(config, "finetune", folder, folder.name),
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
@@ -187,7 +192,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     )
     optimizer, ratio = build(config.finetune.optimizer), config.adapter.get("lr_ratio") or 1.0
     module = FineTune(model, task, optimizer, options, int(config.seed), ratio, curriculum)
-    with logged(trainer, made_from):
+    with logged(trainer, made_from), compiled(model.body, options.compile):
         fit(
             trainer,
             module,

@@ -57,27 +57,76 @@ def objective(config: DictConfig) -> float | None:
 
 
 class Progress:
-    """How far a sweep is that runs its points one after the other.
+    """How far a sweep is, whose points run one after the other or beside each other.
 
     Args:
-        total: number of points; None where the sweeper alone knows. times: seconds that the points before took.
+        total: number of points; None where the sweeper alone knows. moments: when the first began and when points
+            ended, in seconds.
     """
 
-    RECENT = 10  # points whose mean time is expected of the others: those that were done before take none
+    RECENT = 10  # points whose pace is expected of the others: those that were done before take no time
 
-    def __init__(self, total: int | None, times: Sequence[float]) -> None:
-        self.total, self.times = total, times
+    def __init__(self, total: int | None, moments: Sequence[float]) -> None:
+        self.total, self.moments, self.ended = total, moments, max(0, len(moments) - 1)
 
     @property
-    def last(self) -> bool:
-        """Whether the point that runs now is the last."""
-        return self.total is not None and len(self.times) + 1 >= self.total
+    def over(self) -> bool:
+        """Whether all points have ended."""
+        return self.total is not None and self.ended >= self.total
 
-    def words(self) -> str:
-        """Of the point that begins: its number, and how long the rest may take."""
-        number = f"point {len(self.times) + 1}" + (f" of {self.total}" if self.total is not None else "")
-        recent = self.times[-self.RECENT :]
-        if self.total is None or not recent:
-            return number
-        left = (self.total - len(self.times)) * sum(recent) / len(recent)
-        return f"{number}, about {duration(left)} left"
+    def next(self) -> str:
+        """The number of the point that begins when those before have ended, and how long the rest may take."""
+        return f"point {self.ended + 1}{self._of()}{self._left()}"
+
+    def done(self) -> str:
+        """How many points have ended, and how long the rest may take."""
+        return f"{self.ended}{self._of()} points done{self._left()}"
+
+    def _of(self) -> str:
+        return "" if self.total is None else f" of {self.total}"
+
+    def _left(self) -> str:
+        recent = self.moments[-self.RECENT - 1 :]
+        if self.total is None or self.over or len(recent) < 2:
+            return ""
+        pace = (recent[-1] - recent[0]) / (len(recent) - 1)
+        return f", about {duration((self.total - self.ended) * pace)} left"
+
+
+class Turn:
+    """The turn of one point of a sweep among the others.
+
+    Args:
+        run: the run folder. total: points of the sweep, if it is known. moments: when the sweep's first point began and
+            when points ended, for the points of one process; the point adds its own. shared: the file in which they
+            stand instead, where points run in processes of their own; the last one takes it away.
+    """
+
+    def __init__(self, run: Path, total: int | None, moments: list[float], shared: Path | None) -> None:
+        self.run, self.total, self.moments, self.shared = run, total, moments, shared
+        if shared is not None:
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError), open(shared, "x") as stream:
+                stream.write(f"{time.time()}\n")
+        elif not moments:
+            moments.append(time.time())
+
+    def begins(self) -> str:
+        """See `Progress.next`."""
+        return Progress(self.total, self.moments).next()
+
+    def ends(self) -> str:
+        """Bring the sweep's summary up to date; see `Progress.done`."""
+        if self.shared is None:
+            self.moments.append(time.time())
+        else:
+            with open(self.shared, "a+") as stream:  # at hand, whoever takes it away
+                stream.write(f"{time.time()}\n")
+                stream.flush()
+                stream.seek(0)
+                self.moments[:] = map(float, stream.read().splitlines())
+        progress = Progress(self.total, self.moments)
+        grow(self.run, last=progress.over)
+        if progress.over and self.shared is not None:
+            self.shared.unlink(missing_ok=True)
+        return progress.done()

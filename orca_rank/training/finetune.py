@@ -17,6 +17,7 @@ from orca_rank.data.shares import sizes_of
 from orca_rank.options import flag, number, one_of, whole
 from orca_rank.processes import world
 from orca_rank.task import Task
+from orca_rank.training.compiled import check_backend
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.optimizers import made
 from orca_rank.training.pare import PaRe, PareOptions, Place
@@ -47,6 +48,7 @@ class FinetuneOptions:
     embedder_lr: float | None = None
     keep_update: bool = False
     ema: float | None = None
+    compile: str | None = None
     curriculum: PareOptions | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class FinetuneOptions:
         number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
         flag("finetune.keep_update", self.keep_update)
         number("finetune.ema", self.ema, above=0, below=1, null=True)
+        check_backend(self.compile)
 
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""
