@@ -94,8 +94,9 @@ UNALIGNED = "embedder.aligned=false"
 MEASURED = ("rank=proportional", "budget.mean_rank=2")
 ADAPTERS = (
     *("dora", "dylora", "gated_ibp", "adalora", "pissa", "delta_lora", "flora", "rerandomised", "vera", "loha"),
-    *("bottleneck", "lora_fa", "norm_only", "full"),
+    *("bottleneck", "lora_fa", "norm_only", "full", "matryoshka", "elalora", "block_diagonal"),
 )
+EAGER = {"elalora": ("adapter.module.every=2", "adapter.module.tinit=0")}  # so that ranks move in a run this short
 CLOCKED = {"seconds", "seconds_this_time", "peak_memory_bytes"}  # what a clock or the allocator says
 LEFT = (".part", ".ckpt", ".lock", "begun.json", "unfinished")  # nothing of these outlives a finished run
 OPERATIONS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
@@ -134,11 +135,13 @@ def cases() -> list[Case]:
     tuned = ("stage=finetune", UNALIGNED, "layers.qkv=fused")  # as PEFT's adapters ask
     unaligned = (("stage=measure", UNALIGNED, "layers.qkv=fused"),)  # what gated_ibp takes its prior from
     found += [
-        Case(f"adapter={name}", (*tuned, f"adapter={name}"), unaligned if name == "gated_ibp" else ())
+        Case(f"adapter={name}", (*tuned, *EAGER.get(name, ()), f"adapter={name}"), unaligned if name == "gated_ibp" else ())
         for name in ADAPTERS
     ]
+    pare = ("finetune/curriculum=pare", "finetune.curriculum.drawn=0.5")
     return [
         *found,
+        Case("PaRe", ("stage=finetune", UNALIGNED, *pare)),
         Case("evidence", ("stage=evidence", UNALIGNED, *EVIDENCE)),
         Case("all", ("stage=all", *MEASURED), shows_seconds=("run/report.html",)),
     ]

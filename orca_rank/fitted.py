@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orca_rank.adapters import adapter_state_dict, inject
+from orca_rank.adapters import DyLoRA, adapter_state_dict, adapters, inject
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import read_json, read_record, read_tensors
@@ -51,6 +51,19 @@ class Fitted(nn.Module):
             x = self.inputs.encode(x)
         self.check(x)
         return self(x)
+
+    def nested(self) -> dict[str, DyLoRA]:
+        """The adapters that serve every rank, by layer.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        found = {name: one for name, one in adapters(self.model.body).items() if isinstance(one, DyLoRA)}
+        if not found:
+            raise ValueError(
+                "every rank of one model needs a fine-tune that serves them all: adapter=matryoshka or adapter=dylora"
+            )
+        return found
 
     def check(self, x: Tensor, y: Tensor | None = None) -> None:
         """Refuse normalised inputs, and targets, that the model was not fine-tuned for.

@@ -57,7 +57,7 @@ class Normaliser:
             raise ValueError(f"per must be one of {PER}, received {per!r}")
         if len(x) == 0:
             raise ValueError("statistics need at least one sample, received none")
-        once, ends = type(x) is not Tensor, None
+        once, ends = on_disk(x), None
         low, high = extremes(x[: chunk_of(x)] if once else x, per)
         centre, half = low / 2 + high / 2, high / 2 - low / 2  # halved first: their difference may be infinite
         scale = torch.where(half > 0, half, 1.0)
@@ -149,9 +149,14 @@ def axes_of(per: str, ndim: int) -> tuple[int, ...]:
     return (0,) if per == "pixel" else (0, *range(2, ndim))
 
 
+def on_disk(x: Tensor) -> bool:
+    """Whether a tensor says that its rows stay in a file (`data.stored`): every pass over it reads them."""
+    return bool(getattr(x, "on_disk", False))
+
+
 def chunk_of(x: Tensor) -> int:
     """Samples of x to convert to float64 at a time."""
-    return max(1, (_CHUNK if type(x) is Tensor else _CHUNK // 8) // max(1, math.prod(x.shape[1:])))
+    return max(1, (_CHUNK // 8 if on_disk(x) else _CHUNK) // max(1, math.prod(x.shape[1:])))
 
 
 def extremes(x: Shaped[Tensor, "n c ..."], per: str) -> tuple[Tensor, Tensor]:

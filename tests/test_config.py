@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -80,12 +82,27 @@ def test_there_are_options_to_test() -> None:
     assert "callbacks" in groups
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_opens_with_its_command(experiment: str) -> None:
+def opening(experiment: str) -> str:
+    """The comment that an experiment's file opens with, lines that end with a backslash joined."""
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
-    assert lines[0] == "# @package _global_"
-    expected = "# python -m orca_rank" + (f" experiment={experiment}" if experiment != "demo" else "")
-    assert lines[1].startswith(expected), lines[1]
+    own = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+    return "\n".join(own).replace("\\\n", "")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_opens_with_its_command_and_its_cost(
+    composed: Callable[..., DictConfig], experiment: str
+) -> None:
+    package, first, *rest = opening(experiment).splitlines()
+    assert package == "@package _global_" and any(line.startswith("Cost: ") for line in rest)
+    assert first.startswith("python -m orca_rank")
+    for line in (first, *rest):
+        if line.startswith("python -m orca_rank") and "<" not in line:
+            words = shlex.split(line.partition("&&")[0])[3:]
+            assert f"experiment={experiment}" in words or experiment == "demo"
+            # Of options that are swept over, the last.
+            swept = [word if "[" in word else re.sub(r"=.*,", "=", word) for word in words if word != "-m"]
+            assert composed(*swept).stage is not None
 
 
 def small_data(config: DictConfig, cache: Path) -> list[str]:

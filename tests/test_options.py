@@ -36,6 +36,7 @@ FINETUNE = [
     ("finetune.clip=-1", "finetune.clip=-1: expected a number above 0 or null"),
     ("finetune.patience=-1", "finetune.patience=-1"),
     ("finetune.ema=1", r"finetune.ema=1: expected a number in \(0, 1\)"),
+    ("finetune.compile=fast", "finetune.compile=fast: expected .*inductor"),
     ("finetune.warmup_epochs=-3", r"finetune.warmup_epochs=-3: expected a number in \[0, "),
     ("finetune.warmup=1.5", r"finetune.warmup=1.5: expected a number in \[0, 1\]"),
     ("finetune.schedule=step", "finetune.schedule=step: expected linear, cosine, constant or wsd"),

@@ -341,6 +341,7 @@ def same_results(one: Path, other: Path) -> None:
         ("lora",),
         ("dylora", "finetune.accumulate=2", "finetune.clip=0.5"),
         ("lora", "finetune/curriculum=pare", "finetune.curriculum.drawn=0.5"),
+        ("elalora", "adapter.module.every=2", "adapter.module.tinit=0", "finetune.accumulate=2"),
     ],
 )
 def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapter: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Optimiser steps of stage=finetune: windows of batches, clipping, averaged weights, half precision."""
+"""Optimiser steps of stage=finetune: windows of batches, clipping, averaged weights, half precision, compilation."""
 
 from __future__ import annotations
 
@@ -136,3 +136,43 @@ def test_bfloat16_trains_close_to_float32(trained: Callable[..., Result]) -> Non
     plain, half = trained(), trained("trainer=bf16")
     assert half[1] == pytest.approx(plain[1], rel=0.05)
     assert half[1] != plain[1]
+
+
+COMPILED = ("finetune.compile=eager", "finetune.epochs=1")
+
+
+def test_a_trial_of_the_compiler_changes_nothing(
+    trained: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a compiler that compiles nothing the weights are bit for bit those without; it is given both blocks."""
+    plain, given = trained("finetune.epochs=1"), []
+    monkeypatch.setattr(torch, "compile", lambda forward, backend: given.append((forward, backend)) or forward)
+    same = trained(*COMPILED)
+    assert torch.equal(same[0], plain[0]) and same[1] == plain[1]
+    assert len(given) == 2 and {backend for _, backend in given} == {"eager"}
+
+
+def test_a_compiler_that_fails_is_one_error_before_training(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("no C++ compiler\nand many lines more")
+
+    monkeypatch.setattr(torch, "compile", lambda forward, backend: failing)
+    config = composed(*OPTIONS, *COMPILED)
+    message = r"^finetune.compile=eager: .*\(RuntimeError: no C\+\+ compiler\); .* or set finetune.compile=null$"
+    with pytest.raises(ValueError, match=message):
+        finetune.run(config)
+    folder = Path(config.paths.runs) / config.run / "finetune" / "mine"
+    assert not list(folder.glob("*.ckpt")) and not (folder / "curve.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # dynamo looks at .grad of what is no leaf
+@pytest.mark.parametrize("adapter", ["lora", "dylora", "elalora", "full"])
+def test_compiled_steps_are_the_same(trained: Callable[..., Result], adapter: str) -> None:
+    """The back end aot_eager traces forward and backward pass as inductor does, and calls PyTorch's own kernels."""
+    options = (f"adapter={adapter}", "finetune.optimizer.lr=0.01")
+    plain, compiled = trained(*options), trained(*options, "finetune.compile=aot_eager")
+    assert apart(compiled[0], plain[0]) < 1e-5
+    assert compiled[1] == pytest.approx(plain[1], rel=1e-5)

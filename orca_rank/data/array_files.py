@@ -55,10 +55,10 @@ def read_arrays(
         return first, second, " and ".join(files)
     if files.endswith(".npy"):
         raise ValueError(f"one .npy file is not enough, expected {FORMATS}; received {files!r}")
+    reader = READERS.get((root / files).suffix.lower())
+    if reader is None:  # also of a folder, as zarr's stores are
+        raise ValueError(f"cannot read {root / files}: unknown format {(root / files).suffix!r}; expected {FORMATS}")
     path = _there(root / files)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"cannot read {path}: unknown format {path.suffix!r}; expected {FORMATS}")
     if in_memory is False and reader is not read_h5:
         raise ValueError(
             f"{path} cannot be read by rows, as data.in_memory=false asks: save x and y as npy or h5 files"

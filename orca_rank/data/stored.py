@@ -100,6 +100,7 @@ class Stored(Tensor):
             of which the norms are asked for.
     """
 
+    on_disk = True
     rows: Rows
     change: Callable[[np.ndarray, np.ndarray], Tensor]
     chosen: np.ndarray | None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from orca_rank.adapters import DyLoRA, adapters, evaluate_ranks
+from orca_rank.adapters import DyLoRA, evaluate_ranks
 from orca_rank.artifacts.files import atomic, read_json, write_csv
 from orca_rank.artifacts.lock import locked
 from orca_rank.build import targets
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> None:
     with locked(folder):
         fitted = load(folder, trust=targets(config))
         fitted.to(device_of(config.trainer))
-        layers = nested(fitted)
+        layers = fitted.nested().values()
         data = data_for(config.data, fitted, "fit")
         parts: dict[str, Batches] = {"val": data.val_dataloader(), "test": data.test_dataloader()}
         top = max(layer.rank for layer in layers)
@@ -73,20 +73,6 @@ def run(config: DictConfig) -> None:
         f"{best['test']:.4g}); mean test {metric} over ranks {mean:.4g}; written to {folder / NAME}.csv and .png",
         soft_wrap=True,
     )
-
-
-def nested(fitted: Fitted) -> list[DyLoRA]:
-    """The nested adapters of a fine-tune.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    layers = [adapter for adapter in adapters(fitted.model.body).values() if isinstance(adapter, DyLoRA)]
-    if not layers:
-        raise ValueError(
-            "a rank curve of one model needs a fine-tune that serves every rank: adapter=matryoshka or adapter=dylora"
-        )
-    return layers
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from orca_rank.adapters import DyLoRA, adapters, set_rank
+from orca_rank.adapters import DyLoRA, set_rank
 from orca_rank.artifacts.files import write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.build import targets
@@ -63,10 +63,7 @@ def rank_losses(
     Raises:
         ValueError: if the model has no DyLoRA layer.
     """
-    body = fitted.model.body
-    layers = {name: adapter for name, adapter in adapters(body).items() if isinstance(adapter, DyLoRA)}
-    if not layers:
-        raise ValueError("held-out losses of every rank need a fine-tune with adapter=dylora, which serves them all")
+    body, layers = fitted.model.body, fitted.nested()
     top = max(layer.rank for layer in layers.values())
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     device = next(fitted.parameters()).device
