@@ -96,7 +96,10 @@ ADAPTERS = (
     *("dora", "dylora", "gated_ibp", "adalora", "pissa", "delta_lora", "flora", "rerandomised", "vera", "loha"),
     *("bottleneck", "lora_fa", "norm_only", "full", "matryoshka", "elalora", "block_diagonal"),
 )
-EAGER = {"elalora": ("adapter.module.every=2", "adapter.module.tinit=0")}  # so that ranks move in a run this short
+TUNED = {
+    "elalora": ("adapter.module.every=2", "adapter.module.tinit=0"),  # so that ranks move in a run this short
+    "block_diagonal": ("budget.mean_rank=2",),  # all that a block of these widths has
+}
 CLOCKED = {"seconds", "seconds_this_time", "peak_memory_bytes"}  # what a clock or the allocator says
 LEFT = (".part", ".ckpt", ".lock", "begun.json", "unfinished")  # nothing of these outlives a finished run
 OPERATIONS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
@@ -135,7 +138,11 @@ def cases() -> list[Case]:
     tuned = ("stage=finetune", UNALIGNED, "layers.qkv=fused")  # as PEFT's adapters ask
     unaligned = (("stage=measure", UNALIGNED, "layers.qkv=fused"),)  # what gated_ibp takes its prior from
     found += [
-        Case(f"adapter={name}", (*tuned, *EAGER.get(name, ()), f"adapter={name}"), unaligned if name == "gated_ibp" else ())
+        Case(
+            f"adapter={name}",
+            (*tuned, *TUNED.get(name, ()), f"adapter={name}"),
+            unaligned if name == "gated_ibp" else (),
+        )
         for name in ADAPTERS
     ]
     pare = ("finetune/curriculum=pare", "finetune.curriculum.drawn=0.5")

@@ -50,3 +50,7 @@ def test_stages_that_train_nothing_import_nothing_that_trains(tmp_path: Path) ->
     stages = ", ".join(f"orca_rank.stages.{name}" for name in ("measure", "predict", "rank_losses"))
     data = ", ".join(f"orca_rank.data.{name}" for name in ("darcy_data", "embedded", "arrays"))
     assert not loaded(f"import {stages}, {data}", tmp_path) & NO_TRAINING
+
+
+def test_a_report_imports_no_models(tmp_path: Path) -> None:
+    assert not loaded("import orca_rank.stages.report", tmp_path) & {"timm", "torchvision", "lightning", "matplotlib"}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from orca_rank.measuring.records import Layer
 from orca_rank.ranks import RankPlan
 from orca_rank.task import Task
+
+_PLAIN = (str, int, float, type(None))
 
 Rows = list[dict[str, float]]
 Config = Mapping[str, Any]  # the options that a file was made with, nested
@@ -107,9 +110,10 @@ class Planned:
         return cls(plan, Counts.from_dict(payload), payload["config"], rules)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tune:
-    """A finished fine-tune: what metrics.json says, the plan it used (None without adapters) and its curve.
+    """A finished fine-tune: what metrics.json says, the plan it used (None without adapters) and its curve. Each is one
+    of its own.
 
     folder: <run>/finetune/<tag>. val, test: of `metric`, lower is better.
     """
@@ -163,7 +167,7 @@ class Tune:
     def rule(self) -> str:
         return self.plan.rule if self.plan is not None else ""
 
-    @property
+    @cached_property
     def budget(self) -> str:
         return budget_text(self.plan) if self.plan is not None else ""
 
@@ -182,10 +186,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Options:
     """Nested options by their dotted names; lists as text."""
     found: Options = {}
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+        if isinstance(value, _PLAIN):
+            found[prefix + name] = value
+        elif isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
         else:
-            found[f"{prefix}{name}"] = value if isinstance(value, str | int | float | None) else str(value)
+            found[prefix + name] = str(value)
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from orca_rank.evidence.compare import Estimate, paired
@@ -64,7 +66,7 @@ def differing(tunes: Sequence[Tune]) -> list[str]:
     }
     epochs = [str(tune.epochs) for tune in tunes]
     shown = []
-    for name, column in _columns(tunes).items():
+    for name, column in _columns(tuple(tunes)).items():
         known = [place for place, text in enumerate(column) if text]
         values = {column[place] for place in known}
         if len(values) < 2 or all(column[place] == epochs[place] for place in known):
@@ -78,12 +80,16 @@ def differing(tunes: Sequence[Tune]) -> list[str]:
     return sorted(shown, key=lambda name: _place(name.partition(".")[0]))
 
 
-def _columns(tunes: Sequence[Tune]) -> dict[str, list[str]]:
+@lru_cache(maxsize=4)
+def _columns(tunes: tuple[Tune, ...]) -> dict[str, list[str]]:
     """Every option that is not the same for all, as text ("" where there is none), but copies of the seed."""
     seeds = [str(tune.option("seed")) for tune in tunes]
     found = {}
-    for name in dict.fromkeys(name for tune in tunes for name in tune.options if not _SAID.fullmatch(name)):
-        column = [str(tune.options[name]) if name in tune.options else "" for tune in tunes]
+    for name in dict.fromkeys(chain.from_iterable(tune.options for tune in tunes)):
+        values = [tune.options.get(name, "") for tune in tunes]
+        if values.count(values[0]) == len(values) or _SAID.fullmatch(name):  # of thousands, most are the same
+            continue
+        column = [str(value) for value in values]
         if len(set(column)) > 1 and any(text not in ("", seed) for text, seed in zip(column, seeds, strict=True)):
             found[name] = column
     return found
@@ -154,6 +160,11 @@ def means(tunes: Sequence[Tune]) -> list[Row]:
 
 def groups(tunes: Sequence[Tune]) -> list[Group]:
     """Fine-tunes of one metric that differ in nothing but the seed together, the best mean test metric first."""
+    return list(_groups(tuple(tunes)))
+
+
+@lru_cache(maxsize=4)  # a report asks three times for the groups of the same thousands
+def _groups(tunes: tuple[Tune, ...]) -> list[Group]:
     extra, columns = differing(tunes), _columns(tunes)
     found: dict[tuple[str, ...], list[Tune]] = {}
     for place, tune in sorted(enumerate(tunes), key=lambda pair: str(pair[1].option("seed"))):

@@ -15,7 +15,6 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.report.results import Tune
 from orca_rank.report.run_folder import RunFolder, read_tunes
 from orca_rank.report.tables import means, summary
-from orca_rank.stages.setup import stage_folder
 from orca_rank.words import duration
 
 EACH = 5e-4  # seconds that it takes to read a fine-tune, about
@@ -50,7 +49,7 @@ def grow(path: Path, *, last: bool) -> None:
 def objective(config: DictConfig) -> float | None:
     """The validation metric of the configured fine-tune, which is lower where it is better; None if it has not run."""
     finetune = importlib.import_module("orca_rank.stages.finetune")  # here, because lightning takes seconds
-    path = stage_folder(config, "finetune") / finetune.tag(config) / "metrics.json"
+    path = Path(config.paths.runs) / str(config.run) / "finetune" / finetune.tag(config) / "metrics.json"
     if not path.exists():
         return None
     return read_record(path, "stage=finetune", lambda payload: float(payload[f"val/{payload['metric']}"]))
