@@ -6,13 +6,16 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from orca_rank.errors import passes_through_package
+from orca_rank.errors import foreseen, passes_through_package
+from orca_rank.options import shown, unfit
+
+PLACEHOLDER = "gaps"  # adapter.module.concentration=gaps: stage=finetune puts numbers in its place
 
 
 def build(node: Any, **extra: Any) -> Any:
@@ -31,11 +34,16 @@ def build(node: Any, **extra: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__
         if cause is not None and passes_through_package(cause.__traceback__, but=__file__):
+            if foreseen(cause) is None:  # as likely as not for a value of another kind
+                check_kinds(get_object(node["_target_"]), {**plain_options(node), **extra})
             raise cause from cause.__cause__
         reason = " ".join(str(cause or error).split())
         raise ValueError(f"could not build {node['_target_']}: {reason}") from error
     if isinstance(built, functools.partial):
         _check_names(built)
+        check_kinds(built.func, built.keywords)
+    else:
+        check_kinds(get_object(node["_target_"]), {**plain_options(node), **extra})
     return built
 
 
@@ -76,6 +84,39 @@ def check_targets(node: Any, room: str, trusted: Collection[str], where: str) ->
                 f"{where} names {target}, which is not part of {home} and could run any code: if you know it, repeat "
                 f"the command with the config that names it, or orca_rank.load with trust=[{target!r}]"
             )
+
+
+def plain_options(node: Any) -> dict[str, Any]:
+    """The options of a node, without Hydra's own and without those that are built themselves."""
+    values: Any = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return {
+        str(name): value
+        for name, value in values.items()
+        if not str(name).startswith("_") and not targets({"value": value})
+    }
+
+
+def check_kinds(function: Any, values: Mapping[str, Any], *, ours: bool = True) -> None:
+    """Refuse values of another kind than a function or class says it takes: maybe for true or false, a number for a
+    name.
+
+    Args:
+        ours: look at those of this package only, whose annotations can be relied on.
+
+    Raises:
+        ValueError: with the option, what was received and what is expected.
+    """
+    if ours and not str(getattr(function, "__module__", "")).startswith("orca_rank"):
+        return
+    hints: dict[str, Any] = {}
+    for one in (
+        [vars(base).get("__init__") for base in reversed(function.__mro__)] if inspect.isclass(function) else [function]
+    ):
+        with contextlib.suppress(NameError, TypeError, AttributeError):  # annotations that only a type checker can read
+            hints |= get_type_hints(one)
+    for name in values.keys() & hints.keys():
+        if values[name] != PLACEHOLDER and (expected := unfit(values[name], hints[name])) is not None:
+            raise ValueError(f"{function.__qualname__}: {name}={shown(values[name])}: expected {expected}")
 
 
 def _check_names(built: functools.partial) -> None:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -45,6 +46,43 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         if kind in kinds and not fits(value):
             raise ValueError(f"{name}={shown(value)}: expected {expected}{' or null' if NoneType in kinds else ''}")
     return value
+
+
+def unfit(value: Any, hint: Any) -> str | None:
+    """What an annotation expects, where a value is of another kind; None where it fits, or nothing plain is asked for.
+
+    Args:
+        hint: of numbers, words, true or false, None, paths, sequences and mappings of these, alone or joined by |.
+    """
+    kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    said = []
+    for kind in kinds:
+        fits, expected = _kind(kind)
+        if fits(value):
+            return None
+        said.append(expected)
+    return " or ".join(said)
+
+
+def _kind(kind: Any) -> tuple[Callable[[Any], bool], str]:
+    """Whether a value is of one kind, and that kind in words; what nothing plain is asked of takes all."""
+    if kind in PLAIN:
+        return PLAIN[kind]
+    if kind is NoneType:
+        return (lambda value: value is None), "null"
+    if kind is Path:
+        return (lambda value: isinstance(value, str | Path)), "a path"
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is Literal:
+        return (lambda value: value in inner), " or ".join(map(str, inner))
+    if outer in (Sequence, list, tuple) and inner:
+        item = inner[0]
+        return (
+            lambda value: isinstance(value, list | tuple) and all(unfit(one, item) is None for one in value)
+        ), f"a list of {_kind(item)[1].removeprefix('a ')}s"
+    if outer in (Mapping, dict):
+        return (lambda value: isinstance(value, Mapping)), "names and their values"
+    return (lambda value: True), "anything"
 
 
 def _is(value: Any, kind: type) -> bool:

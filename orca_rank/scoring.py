@@ -110,8 +110,14 @@ def norms_of(y: Shaped[Tensor, "n ..."]) -> Float[Tensor, " n"]:
 
 
 def typical_norm(y: Float[Tensor, "n c h w"]) -> float:
-    """Root mean square of ‖u‖₂ over fields, missing values (NaN) aside."""
+    """Root mean square of ‖u‖₂ over fields, missing values (NaN) aside.
+
+    Raises:
+        ValueError: for fields whose norms overflow.
+    """
     norms = norms_of(y)
+    if not norms.isfinite().all():
+        raise ValueError("fields are so large that not even float64 holds their norms: divide them by a constant")
     return float(_norm(norms[None])) / math.sqrt(len(norms))
 
 

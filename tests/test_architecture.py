@@ -17,8 +17,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
     ("errors", "hints", "normaliser", "processes", "scoring", "words"),
-    ("launch",),
-    ("build", "artifacts", "options", "task"),
+    ("launch", "options"),
+    ("build", "artifacts", "task"),
     ("distances", "predictors", "evidence", "weights"),
     ("measuring",),
     ("ranks",),

@@ -226,6 +226,9 @@ def test_a_test_set_that_was_trained_on_is_refused_or_named(tmp_path):
         with pytest.raises(ValueError, match="is the training set itself"):
             load(tmp_path, **options)
     np.savez(tmp_path / "new.npz", x=np.concatenate([X[:3], X[:7] + 1]), y=CLASS[:10])
-    assert "3 of 10 test samples of new.npz are in the training file too" in load(tmp_path, test="new.npz").notes[-1]
+    assert (
+        "3 of 10 test samples of new.npz are among the training or validation samples too"
+        in load(tmp_path, test="new.npz").notes[-1]
+    )
     np.savez(tmp_path / "new.npz", x=X + 1, y=CLASS)
     assert load(tmp_path, test="new.npz").notes == ()

@@ -4,6 +4,8 @@ Every key is on one of three lists: without influence on what the stored tensors
 refused with the reason. A key on none of them is refused as soon as it is set.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +42,33 @@ REFUSED = {
 }
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _patterns(value: Any) -> bool:
+    """Whether it is a table of regular expressions and numbers, or none."""
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or not all(map(_number, value.values())):
+        return False
+    try:
+        return all(re.compile(key) for key in value)
+    except re.error:
+        return False
+
+
+KINDS = {
+    "r": ("a whole number of at least 1", lambda value: _number(value) and value >= 1 and value == int(value)),
+    "lora_alpha": ("a finite number", _number),
+    "lora_dropout": ("a number in [0, 1)", lambda value: value is None or (_number(value) and 0 <= value < 1)),
+    "use_rslora": ("true or false", lambda value: value in (None, True, False)),
+    "rank_pattern": ("regular expressions and ranks", _patterns),
+    "alpha_pattern": ("regular expressions and finite numbers", _patterns),
+    "modules_to_save": ("a list of names", lambda value: value is None or isinstance(value, list)),
+}
+
+
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a configuration whose tensors mean something else than W₀ + s B A on the bare model.
 
@@ -48,6 +77,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where} describes {config.get('peft_type')!r}; only 'LORA' is read here")
+    for key, (expected, fits) in KINDS.items():
+        if key in config and not fits(config[key]):
+            raise ValueError(f"{where} sets {key}={config[key]!r}: expected {expected}")
     for key, value in config.items():
         if key in REFUSED and value:
             raise ValueError(f"{where} sets {key}={value!r}: {REFUSED[key]}, which plain LoRA cannot say")

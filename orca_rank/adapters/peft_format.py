@@ -154,7 +154,11 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         extra = json.loads((file.metadata() or {}).get("orca_rank", "{}"))
+    for key, value in tensors.items():
+        if not (value.is_floating_point() and value.isfinite().all()) and ".lora_" in key:
+            raise ValueError(f"{folder / WEIGHTS} holds {key} of {value.dtype} with NaN, infinity or no fractions")
     layers, others = _group(tensors)
+    _check_ranks(layers, config, folder)
     parts = extra.get("parts", {})
     ranks = {
         name if part == WHOLE else f"{name}.{part}": rank
@@ -193,6 +197,22 @@ def _group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tenso
         if half.keys() != {"A", "B"}:
             raise KeyError(f"the file has only lora_{next(iter(half))} of {name}")
     return {name: (half["A"], half["B"]) for name, half in halves.items()}, others
+
+
+def _check_ranks(layers: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse tensors of other ranks than the configuration says: it is not theirs, or its patterns, which PEFT sorts by
+    name when it saves them, do not mean what they meant, nor do those of alpha."""
+    for name, (a, _) in layers.items():
+        said = value_of(name, config.get("rank_pattern") or {}, config.get("r", 8))
+        if said != len(a):
+            raise ValueError(
+                f"{folder / WEIGHTS} has rank {len(a)} in {name}, {CONFIG} says {said}: it belongs to other tensors, "
+                f"or two of its patterns reach one layer; give each layer a pattern of its own"
+            )
+    if not layers and config.get("target_modules"):
+        raise ValueError(
+            f"{folder / WEIGHTS} holds no LoRA, and {CONFIG} says there is one of {config['target_modules']}"
+        )
 
 
 def _saved_modules(

@@ -42,6 +42,8 @@ def create_timm(backbone: Mapping[str, Any]) -> nn.Module:
             FileNotFoundError: no such file. ConnectionError: the hub cannot be reached.
     """
     name, options, source = backbone["name"], dict(backbone.get("options") or {}), backbone["pretrained"]
+    if not isinstance(source, bool | str):
+        raise ValueError(f"backbone.pretrained={source}: expected true, false or the path of a file of weights")
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}; close: {', '.join(close) or 'none'}: set backbone.name")

@@ -17,6 +17,7 @@ from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 from orca_rank.artifacts.plain import load_plain
 from orca_rank.data.stored import IN_MEMORY, H5Rows, NpyRows, Rows
 
+NEUTRAL = {"scale_factor": 1, "add_offset": 0}  # attributes of netCDF, and what changes nothing
 FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file, or a pair [x.npy, y.npy]"
 MEND = "write it again, or set data.train (source.train, data.test) to another file"
 
@@ -29,6 +30,7 @@ def read_arrays(
     *,
     optional: bool = False,
     in_memory: bool | None = True,
+    fill: Sequence[float] | None = (),
 ) -> tuple[np.ndarray | Rows, np.ndarray | Rows | None, str]:
     """Inputs, targets (None if y is None) and a name for error messages.
 
@@ -39,6 +41,8 @@ def read_arrays(
         optional: do without y where the file has none; x may then be one npy file.
         in_memory: False leaves numbers of npy and h5 files on disk, None those of more than IN_MEMORY bytes. A member
             of an npz or pt file cannot be read by rows.
+        fill: values that mark missing ones, see `orca_rank.data.fields.kept`: those that an HDF5 file says it has
+            must be among them.
 
     Raises:
         FileNotFoundError: for a missing file. KeyError: for a missing array. ValueError: for another format.
@@ -63,7 +67,7 @@ def read_arrays(
         raise ValueError(
             f"{path} cannot be read by rows, as data.in_memory=false asks: save x and y as npy or h5 files"
         )
-    read: Any = partial(read_h5, in_memory=in_memory) if reader is read_h5 else reader
+    read: Any = partial(read_h5, in_memory=in_memory, fill=fill) if reader is read_h5 else reader
     names = [x] if y is None else [x, y]
     try:
         arrays = read(path, names)
@@ -122,8 +126,14 @@ def read_npz(path: Path, names: Sequence[str], mend: str = MEND) -> dict[str, np
         return arrays
 
 
-def read_h5(path: Path, names: Sequence[str], in_memory: bool | None = True) -> dict[str, np.ndarray | Rows]:
-    """The named datasets of an HDF5 file, each no larger than the limit, or its rows; strings as NumPy strings."""
+def read_h5(
+    path: Path, names: Sequence[str], in_memory: bool | None = True, fill: Sequence[float] | None = ()
+) -> dict[str, np.ndarray | Rows]:
+    """The named datasets of an HDF5 file, each no larger than the limit, or its rows; strings as NumPy strings.
+
+    What the attributes of netCDF say of the numbers is not passed over: packed ones are refused, and so are those that
+    stand for missing ones, unless `fill` has them or is None.
+    """
     with reading(path, MEND):
         file = h5py.File(path, "r")
     with file:
@@ -136,15 +146,35 @@ def read_h5(path: Path, names: Sequence[str], in_memory: bool | None = True) -> 
             with reading(path, MEND):
                 if item.shape is None:
                     raise ValueError(f"{name!r} is empty")
+                if packed := {
+                    one: item.attrs[one] for one in NEUTRAL if item.attrs.get(one, NEUTRAL[one]) != NEUTRAL[one]
+                }:
+                    raise ValueError(f"{name!r} is packed by its attributes {packed}, which are not undone here")
                 if _by_rows(item.shape, item.dtype, in_memory):
-                    arrays[name] = H5Rows(path, item)
+                    rows = H5Rows(path, item)
+                    _check_marks(name, item, rows.sample(), fill)
+                    arrays[name] = rows
                     continue
                 check_size(path, repr(name), item.shape, item.dtype.itemsize)
                 if h5py.check_string_dtype(item.dtype) is not None:
                     arrays[name] = np.asarray(item.asstr()[()], dtype=str)
                 else:
-                    arrays[name] = np.asarray(item[()])
+                    arrays[name] = values = np.asarray(item[()])
+                    _check_marks(name, item, values, fill)
         return arrays
+
+
+def _check_marks(name: str, item: h5py.Dataset, values: np.ndarray, fill: Sequence[float] | None) -> None:
+    """Refuse numbers that the dataset's own attributes take for missing ones, and `fill` does not."""
+    for mark in ("_FillValue", "missing_value"):
+        for value in np.ravel(item.attrs.get(mark, ())):
+            if fill is None or value in fill or value.dtype.kind not in "iuf":
+                continue
+            if count := int((values == value).sum()):
+                raise ValueError(
+                    f"{name!r} holds {count} values {value:g}, which its attribute {mark} takes for missing ones: set "
+                    f"data.fill={value:g}, or data.fill=none if they are values like the others"
+                )
 
 
 def h5_names(path: Path, file: h5py.File) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.data.array_files import read_arrays
-from orca_rank.data.checks import check_inputs, check_targets
+from orca_rank.data.checks import check_inputs, check_targets, seen
 from orca_rank.data.fields import LAYOUTS
 from orca_rank.data.labels import Class, check_counts, renamed, renaming
 from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
@@ -181,11 +181,11 @@ class Arrays(InMemory):
             other = self._read(self.test, self.test_x, self.test_y, everything)
             test_order = stratified_order(other.targets.strata(), self.split_seed)
             test = other.take(limited(test_order, self.test_limit, "test_limit"))
-            notes += _seen(everything.x, test[0], self.test)
         train, val = covered(train, val, labels)
         parts = {"train": everything.take(train), "val": everything.take(val), "test": test}
-        inputs = None if self.normalise == "none" else self.inputs(parts["train"][0], self.normalise)
-        notes += check_inputs(parts, inputs)
+        raw = self.normalise == "none" and self.given is None
+        inputs = None if raw else self.inputs(parts["train"][0], self.normalise)
+        notes += check_inputs(parts, inputs) + seen(parts, self.test or self.train)
         task = targets.task(everything.x, parts["train"][1], self.normalise)
         notes += check_targets(parts, task)
         encode = (inputs or _AS_IT_IS).encode
@@ -200,11 +200,13 @@ class Arrays(InMemory):
         return self.labels != "file" or self.y is not None
 
     def encoder(self) -> Encode:
+        if self.given is not None:  # as the model was trained, whatever `normalise` says
+            return self.given.encode
         if self.normalise == "none":
             return _AS_IT_IS.encode
         if not self.labelled:  # nothing is trained, so that no part of them is held out
             return self.inputs(self.everything()[0], self.normalise).encode
-        return self.given.encode if self.given is not None else self.parts.encode
+        return self.parts.encode
 
     def _check_labels(self, targets: Targets) -> list[str]:
         """Refuse classes that cannot be learned and measured; say what the file's targets are taken for."""
@@ -231,11 +233,13 @@ class Arrays(InMemory):
     ) -> _Samples:
         """Samples of a file; `train`: those that they must be like. optional: without targets where it has none."""
         wanted = y_name if self.labels == "file" else None
-        x, y, file = read_arrays(self.root, files, x_name, wanted, optional=optional, in_memory=self.in_memory)
+        x, y, file = read_arrays(
+            self.root, files, x_name, wanted, optional=optional, in_memory=self.in_memory, fill=self.reading.fill
+        )
         inputs = self.reading.inputs(x, f"inputs {x_name!r} of {file}")
         if train is not None and inputs.shape[1:] != train.x.shape[1:]:
             raise _unlike(inputs, train.x, "inputs")
-        if self.given is not None and self.normalise != "none":
+        if self.given is not None:
             self.given.check(tuple(inputs.shape[1:]))
         if optional and self.labels != "file":  # made for images that are trained on
             return _Samples(inputs, None)
@@ -264,16 +268,6 @@ def _fill_values(fill: float | str | Sequence[float] | None) -> tuple[float, ...
     if isinstance(fill, str) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise ValueError(f"fill must be a number, numbers, null or none, received {fill!r}")
     return tuple(float(value) for value in values)
-
-
-def _seen(train: Tensor, test: Tensor, name: object) -> list[str]:
-    """A sentence where inputs of a test file stand in the training file too; not looked for where they stay on disk."""
-    if isinstance(train, Stored) or isinstance(test, Stored):
-        return []
-    known = {hash(x.numpy().tobytes()) for x in train}
-    if not (count := sum(hash(x.numpy().tobytes()) in known for x in test)):
-        return []
-    return [f"{count} of {len(test)} test samples of {name} are in the training file too: their error is no test error"]
 
 
 def _unlike(test: Tensor, train: Tensor, what: str) -> ValueError:

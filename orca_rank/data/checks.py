@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from orca_rank.data.stored import Stored
 from orca_rank.normaliser import Normaliser, chunk_of, resolution
 from orca_rank.task import Task, zero_fields
 
@@ -29,11 +30,13 @@ def check_inputs(parts: Loaded, inputs: Normaliser | None) -> list[str]:
                 "float32 cannot hold the inputs as they are (they are very large or small, or vary little about a "
                 "large offset): set data.normalise=channel or pixel"
             )
-        return []
+        return _unscaled(x, "inputs", "the network sees them as they are")
     if not (inputs.std > 0).any():
         raise ValueError("inputs are the same in every training sample: there is nothing to tell them apart by")
     notes = [_coarse(x, inputs, "inputs")]
     fixed = inputs.std == 0
+    if inputs.std.numel() == len(inputs.std):  # pixels at a border may well never vary
+        notes.append(_fixed(inputs, "channels of the inputs", "left out"))
     if fixed.any():
         for part in ("val", "test"):
             held = parts[part][0]
@@ -41,6 +44,24 @@ def check_inputs(parts: Loaded, inputs: Normaliser | None) -> list[str]:
             if any(((other != inputs.mean) & ~other.isnan() & fixed).any() for other in others):
                 notes.append(f"some pixels or channels of the inputs vary in {part} but never in training: left out")
     return [note for note in notes if note is not None]
+
+
+def seen(parts: Loaded, name: object) -> list[str]:
+    """A sentence where inputs of "test" stand in "train" or "val" too; not looked for where they stay on disk.
+
+    Args:
+        name: of the file or folder of the test samples.
+    """
+    if any(isinstance(x, Stored) for x, _ in parts.values()):
+        return []
+    known = {hash(x.numpy().tobytes()) for part in ("train", "val") for x in parts[part][0]}
+    test = parts["test"][0]
+    if not (count := sum(hash(x.numpy().tobytes()) in known for x in test)):
+        return []
+    return [
+        f"{count} of {len(test)} test samples of {name} are among the training or validation samples too: their error "
+        f"is no test error"
+    ]
 
 
 def check_targets(parts: Loaded, task: Task) -> list[str]:
@@ -55,12 +76,15 @@ def check_targets(parts: Loaded, task: Task) -> list[str]:
     if task.kind in ("multilabel", "segmentation"):
         return _rare(parts, task)
     if task.kind == "regression" and task.normaliser is not None:
-        note = _varying(y, task.normaliser, "targets")
-        return [] if note is None else [note]
+        both = [
+            _varying(y, task.normaliser, "targets"),
+            _fixed(task.normaliser, "numbers of the targets", "not counted"),
+        ]
+        return [note for note in both if note is not None]
     if task.normaliser is None:
         if y.dtype == torch.float64:
             raise ValueError("float32 cannot hold the fields as they are: set data.normalise=channel or pixel")
-        notes: list[str | None] = []
+        notes: list[str | None] = [*_unscaled(y, "fields", "the network has to give them as they are")]
     else:
         notes = [_varying(y, task.normaliser, "fields")]
     norm = task.typical_norm or 0.0
@@ -72,6 +96,24 @@ def check_targets(parts: Loaded, task: Task) -> list[str]:
             f"relative to the norm of a typical training field"
         )
     return [note for note in notes if note is not None]
+
+
+def _unscaled(x: Tensor, name: str, so: str) -> list[str]:
+    """A sentence where values that nothing standardises are far from what networks are made for."""
+    std = Normaliser.fit(x, "channel").std
+    if not (off := std[(std > 0) & ((std < 1e-3) | (std > 1e3))]).numel():
+        return []
+    return [
+        f"{name} vary by {float(off[0]):.3g} and data.normalise=none: {so}, far from deviations near 1, which networks "
+        f"are made for; data.normalise=channel standardises them"
+    ]
+
+
+def _fixed(statistics: Normaliser, name: str, so: str) -> str | None:
+    """A sentence on channels or numbers that never vary in training."""
+    if not (found := torch.nonzero(statistics.std.flatten() == 0).flatten().tolist()):
+        return None
+    return f"{len(found)} {name} never vary in training, or are missing: {', '.join(map(str, found[:8]))}; {so}"
 
 
 def _varying(y: Tensor, statistics: Normaliser, name: str) -> str | None:

@@ -100,6 +100,7 @@ class Cifar100(InMemory):
         check_fraction("val_fraction", val_fraction)
         check_whole("train_limit", train_limit, optional=True)
         check_whole("test_limit", test_limit, optional=True)
+        check_whole("split_seed", split_seed, least=0)
         check_whole("permuted", permuted, least=0, optional=True)
         if augment and permuted is not None:
             raise ValueError("pixels that are permuted have no neighbours to crop and flip: set data.augment=false")

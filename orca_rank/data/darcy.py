@@ -113,6 +113,8 @@ class Darcy(InMemory):
         check_fraction("val_fraction", val_fraction)
         if len(files) != 2:
             raise ValueError(f"files must name the training and the test file, received {list(files)}")
+        if source == "mat" and Path(files[0]) == Path(files[1]):
+            raise ValueError(f"data.files={list(files)} names one file twice: training samples would be tested on")
         self.cache, self.root, self.source, self.files = Path(cache), Path(root), source, tuple(files)
         self.train, self.test, self.grid, self.stride, self.mode = train, test, grid, stride, mode
         self.val_fraction, self.train_limit, self.test_limit = val_fraction, train_limit, test_limit

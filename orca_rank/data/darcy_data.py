@@ -158,7 +158,7 @@ def _solve_chunks(
     size = subsampled_size(grid, parameters["stride"])
     a, u = np.empty((n, size, size), np.float32), np.empty((n, size, size), np.float32)
     iterations = fallbacks = 0
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(f"Solving {n} Darcy problems at {grid}×{grid}", total=n)
 

@@ -46,6 +46,7 @@ class Digits(InMemory):
         check_fraction("val_fraction", val_fraction)
         check_whole("train_limit", train_limit, optional=True)
         check_whole("test_limit", test_limit, optional=True)
+        check_whole("split_seed", split_seed, least=0)
         if channels not in (1, 3):
             raise ValueError(f"digits come with 1 or 3 channels, received channels={channels}")
         self.channels, self.invert, self.mirror = channels, invert, mirror

@@ -14,10 +14,12 @@ from orca_rank.normaliser import Normaliser, axes_of, chunk_of
 LAYOUTS = ("first", "last", "none", None)
 # Rounding to float32 may move a value by so much of its pixel's or channel's deviation; more, and float64 is kept.
 _ROUNDING = 1e-5
-# A value is taken for a fill value where it repeats exactly and lies so many ranges of all others away from them …
+# A value is taken for a fill value where it repeats exactly, or is a number that programs are known to fill with, and
+# lies so many ranges of all others away from them …
 _FAR = 5.0
-# … or so many, if it is a number that programs are known to fill with.
+# … or so many, if it both repeats and is known.
 _FAR_CODE = 0.5
+_LARGE = (9.969209968386869e36, float(np.finfo(np.float32).max))  # netCDF's own, and the largest there is
 _CODES = {9999.0, 99999.0, 999.0, 999999.0, 32767.0, 32768.0, 65535.0, 2147483647.0, 2147483648.0}
 
 
@@ -186,19 +188,21 @@ def _check_fill(x: np.ndarray, name: str, option: str) -> None:
     """Raise ValueError for what looks like a fill value: see _FAR."""
     for channel in range(x.shape[1]):
         values = x[:, channel]
+        if values.dtype.kind == "f" and np.isnan(values).all():
+            continue
         for end, value in (("smallest", np.nanmin(values)), ("largest", np.nanmax(values))):
             same = values == value
-            count = int(same.sum())
-            if count < 3:
+            count, size = int(same.sum()), abs(float(value))
+            code = size in _CODES or size >= 1e15
+            if count < 3 and not _known(size):
                 continue
             rest = values[~same & ~np.isnan(values)] if values.dtype.kind == "f" else values[~same]
             if len(rest) < 10:
                 continue
             low, high = float(rest.min()), float(rest.max())
             away = max(low - float(value), float(value) - high)
-            code = abs(float(value)) in _CODES or abs(float(value)) >= 1e15
             if (
-                away <= (_FAR_CODE if code else _FAR) * (high - low)
+                away <= (_FAR_CODE if code and count >= 3 else _FAR) * (high - low)
                 or len(np.unique(rest[:: 1 + len(rest) // 4096])) < 10
             ):
                 continue
@@ -207,6 +211,12 @@ def _check_fill(x: np.ndarray, name: str, option: str) -> None:
                 f"lie from {low:g} to {high:g}: it looks like a fill value for missing data. Set {option}={value:g} to "
                 f"leave it out, or {option}=none if it is a value like the others"
             )
+
+
+def _known(size: float) -> bool:
+    """Whether programs are known to fill with a number, rather than with any of its size: 9999, 1e20, netCDF's own."""
+    likely = [*_LARGE, float(f"{size:.0e}")] if size >= 1e15 else [*_CODES]
+    return any(abs(size - value) <= 1e-6 * value for value in likely)
 
 
 def _of(channel: int, x: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -51,9 +52,11 @@ def scan(folder: Path) -> ImageFiles:
         path = Path(text)
         if hidden(path.relative_to(folder)):
             return False
-        if path.suffix.lower() not in ENDINGS:
+        # A pipe or device would be waited for; a link that leads nowhere is an error when it is read.
+        readable = path.suffix.lower() in ENDINGS and (path.is_file() or not path.exists())
+        if not readable:
             others.append(path)
-        return path.suffix.lower() in ENDINGS
+        return readable
 
     found = make_dataset(folder, {name: i for i, name in enumerate(classes)}, is_valid_file=is_image, allow_empty=True)
     labels = np.array([label for _, label in found], dtype=np.int64)
@@ -66,6 +69,12 @@ def scan(folder: Path) -> ImageFiles:
         )
     others += [place for place in places if place.is_file() and place.suffix.lower() in ENDINGS]
     return ImageFiles([Path(path) for path, _ in found], labels, classes, _left_out(folder, others))
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of a folder, also behind links to folders, as `scan` finds them."""
+    walk = os.walk(folder, followlinks=True)
+    return sorted(path for place, _, names in walk for path in map(Path(place).joinpath, names) if path.is_file())
 
 
 def read_image(path: Path, size: int) -> np.ndarray:

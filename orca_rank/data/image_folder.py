@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash, key
-from orca_rank.data.image_files import ImageFiles, hidden, read_image, scan
+from orca_rank.data.checks import seen
+from orca_rank.data.image_files import ImageFiles, files_of, hidden, read_image, scan
 from orca_rank.data.labels import Class
 from orca_rank.data.module import Encode, InMemory, Parts, check_fraction, check_whole
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
@@ -64,6 +65,11 @@ class ImageFolder(InMemory):
         check_whole("test_limit", test_limit, optional=True)
         check_whole("split_seed", split_seed, least=0)
         self.root, self.train, self.test, self.size = Path(root), train, test, size
+        if test is not None and (self.root / test).resolve() == (self.root / train).resolve():
+            raise ValueError(
+                f"data.test={test} is the training folder itself, and its error would be no test error: name another "
+                f"folder; null holds some out"
+            )
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit = train_limit, test_limit
 
@@ -72,10 +78,7 @@ class ImageFolder(InMemory):
         """What the images hold; of more than 1 GiB of them, names and sizes stand for that."""
         folders = [self.root / name for name in (self.train, self.test) if name is not None]
         files = [
-            (folder, file)
-            for folder in folders
-            for file in sorted(folder.rglob("*"))
-            if file.is_file() and not hidden(file.relative_to(folder))
+            (folder, file) for folder in folders for file in files_of(folder) if not hidden(file.relative_to(folder))
         ]
         sizes = [file.stat().st_size for _, file in files]
         names = key([(str(file.relative_to(folder)), size) for (folder, file), size in zip(files, sizes, strict=True)])
@@ -112,14 +115,15 @@ class ImageFolder(InMemory):
         test_order = limited(test_order, self.test_limit, "test_limit")
         x = self._read([found.paths[i] for i in train])
         inputs = self.inputs(x, "channel")
+        parts = {
+            "train": (x, torch.from_numpy(labels[train])),
+            "val": (self._read([found.paths[i] for i in val]), torch.from_numpy(labels[val])),
+            "test": (self._read([tested.paths[i] for i in test_order]), torch.from_numpy(test_labels[test_order])),
+        }
+        task = Task("classification", (3, self.size, self.size), (len(found.classes),), classes=tuple(found.classes))
+        notes += seen(parts, self.root / (self.test or self.train))
         return Parts(
-            task=Task("classification", (3, self.size, self.size), (len(found.classes),), classes=tuple(found.classes)),
-            train=(x, torch.from_numpy(labels[train])),
-            val=(self._read([found.paths[i] for i in val]), torch.from_numpy(labels[val])),
-            test=(self._read([tested.paths[i] for i in test_order]), torch.from_numpy(test_labels[test_order])),
-            encode=inputs.encode,
-            inputs=inputs,
-            notes=tuple(notes),
+            task, parts["train"], parts["val"], parts["test"], encode=inputs.encode, inputs=inputs, notes=tuple(notes)
         )
 
     def everything(self) -> tuple[Tensor, Tensor | None]:

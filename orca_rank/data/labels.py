@@ -102,7 +102,10 @@ def _values(y: np.ndarray, name: str) -> np.ndarray:
     """Labels (n,) as int64 or strings."""
     kind = y.dtype.kind
     if kind == "S":
-        return np.char.decode(y, "utf-8", "replace")
+        try:
+            return np.char.decode(y, "utf-8")
+        except UnicodeDecodeError:  # one letter a byte: no two names become one
+            return np.char.decode(y, "latin-1")
     if kind == "U":
         return y
     if kind not in "biuf":

@@ -271,6 +271,11 @@ def _floats(x: Tensor) -> Tensor:
 def _pixel_classes(y: np.ndarray, name: str, fill: Sequence[float], classes: Sequence[Class] | None) -> Targets:
     """Classes (n, H, W) as numbers from 0, those of a fill value unlabelled."""
     missing = np.isin(y, [value for value in fill if value == value])
+    if len(bare := np.flatnonzero(missing.reshape(len(y), -1).all(1))):
+        raise ValueError(
+            f"targets {name} have {len(bare)} sample(s) without a labelled pixel, the first is number {bare[0]}: leave "
+            f"these out, there is nothing to learn or measure of them"
+        )
     found = class_labels(y[~missing], name, classes)
     numbers = np.full(y.shape, UNLABELLED, np.int16 if len(found.classes) < 2**15 else np.int64)
     numbers[~missing] = found.y

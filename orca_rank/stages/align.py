@@ -43,7 +43,7 @@ from orca_rank.training.features import Source, embed, plain_loader, targets
 from orca_rank.training.held_out import Distances, compare, sentence
 from orca_rank.training.keep import Keep, checkpoint_of, fit
 
-console = Console()
+console = Console(markup=False)
 RESULTS = ("metrics.json", "curve.csv", "embedder.safetensors", "bad_batch.safetensors", "log")
 
 

@@ -21,7 +21,7 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
     Raises:
         ValueError: for an option of any of them; whatever the stages raise.
     """
-    console = Console()
+    console = Console(markup=False)
     # All at once, so that a module that cannot be imported says so before the work.
     verbs = [importlib.import_module(f"orca_rank.stages.{stage}") for stage in stages]
     for verb in verbs:  # all options of all stages, before the first writes anything
@@ -37,5 +37,4 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
         f"  {command('stage=finetune', f'rank={other}')}\n"
         f"  {command('stage=report')}",
         soft_wrap=True,
-        markup=False,
     )

@@ -13,7 +13,7 @@ from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import write_json
 from orca_rank.stages.tracking import SHOWS
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 TEST, VAL, TRAINED = "test", "val", "trainable/total"  # of `tracking.pages.finetune_page`
 VARIED = ("adapter", "rule", "mean_rank", "lr", "seed")  # columns that tell fine-tunes apart
 
@@ -39,11 +39,10 @@ def run(config: DictConfig) -> None:
             f"written to {path}; to save it at W&B: `"
             f"{command('stage=dashboard', 'logger=wandb', 'logger.offline=false', 'logger.entity=YOURS')}`",
             soft_wrap=True,
-            markup=False,
         )
         return
     made.save()
-    console.print(f"saved: {made.url}", soft_wrap=True, markup=False)
+    console.print(f"saved: {made.url}", soft_wrap=True)
 
 
 def workspace(run: str, project: str, entity: str) -> Any:

@@ -32,7 +32,7 @@ from orca_rank.stages.tracking import show
 from orca_rank.tracking.pages import evidence_page
 from orca_rank.words import duration
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 PAUSE = 5.0  # seconds between looks at what other processes have ended
 
 

@@ -23,7 +23,7 @@ from orca_rank.report.claims import markdown, rank_curves
 from orca_rank.report.plots import curve_figure, png
 from orca_rank.stages.planning import read_layers
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of this size, before this one has its own
 
 
@@ -84,5 +84,5 @@ def conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str)
         )
     console.print(table if found else "no claim can be decided yet")
     for answer in answers:
-        console.print(answer, soft_wrap=True, markup=False)
+        console.print(answer, soft_wrap=True)
     console.print(f"written to {folder / 'evidence.csv'} and {folder / 'claims.json'}", soft_wrap=True)

@@ -21,7 +21,7 @@ from orca_rank.stages.card import model_card
 from orca_rank.stages.finetune import finetune_config
 from orca_rank.stages.setup import stage_folder
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 LORA = "orca_rank.adapters.LoRA"
 
 
@@ -49,7 +49,7 @@ def run(config: DictConfig) -> None:
     with locked(folder, wait=True), atomic(folder / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(arguments, indent=2) + "\n")
     for line in (*paste(folder, backbone), counts(plan), *notes):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     console.print(f"written to {folder / 'adapter_config.json'}", soft_wrap=True)
     for tuned in _tuned(config):
         _write_card(config, tuned)

@@ -57,7 +57,7 @@ from orca_rank.training.curve import Curve, Rates
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 
-console = Console()
+console = Console(markup=False)
 RESULTS = (
     "metrics.json",
     "curve.csv",
@@ -249,7 +249,7 @@ def _write_model(
         try:
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:
-            console.print(f"no adapter/ in PEFT's layout: {error}", markup=False)
+            console.print(f"no adapter/ in PEFT's layout: {error}")
     if task.normaliser is not None:
         tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
     tensors |= {f"inputs.{name}": value for name, value in statistics.items()}

@@ -49,7 +49,7 @@ from orca_rank.stages.trainer import device_of
 from orca_rank.task import Task
 from orca_rank.tracking.pages import measure_page
 
-console = Console()
+console = Console(markup=False)
 
 
 def check_options(config: DictConfig) -> GapOptions:

@@ -24,7 +24,7 @@ from orca_rank.stages.tracking import show
 from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
 from orca_rank.tracking.pages import plan_page
 
-console = Console()
+console = Console(markup=False)
 
 
 def check_options(config: DictConfig) -> None:
@@ -121,7 +121,6 @@ def _plan(config: DictConfig, layers: Sequence[Layer], measured: Path) -> RankPl
         console.print(
             f"nothing is measured yet, so this is rank=uniform at the same budget: {error}",
             soft_wrap=True,
-            markup=False,
         )
         return ranks.uniform(layers, budget_of(config.budget)).check(layers)
 
@@ -133,7 +132,7 @@ def _other_rules(config: DictConfig, layers: Sequence[Layer]) -> dict[str, dict[
         try:
             plans[name] = dict(ranks.RULES[name](layers, budget).ranks)
         except ValueError as error:
-            console.print(f"{name} is left out: {error}", soft_wrap=True, markup=False)
+            console.print(f"{name} is left out: {error}", soft_wrap=True)
     return plans
 
 

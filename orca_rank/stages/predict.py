@@ -14,15 +14,13 @@ from torch import Tensor
 
 from orca_rank.artifacts.files import atomic, write_json
 from orca_rank.artifacts.lock import locked
-from orca_rank.artifacts.provenance import differences, finished, key, plain
+from orca_rank.artifacts.provenance import finished, key, plain
 from orca_rank.build import targets
 from orca_rank.fitted import Fitted, chosen_folder, load
-from orca_rank.stages.setup import contents, data_for, stage_folder
+from orca_rank.stages.setup import changes, contents, data_for, stage_folder
 from orca_rank.stages.trainer import device_of
 
-console = Console()
-# Data options that change neither which samples are the test set nor how they are read.
-HARMLESS = ("batch_size", "seed", "workers", "device", "cache", "root")
+console = Console(markup=False)
 FAR = 10.0  # deviations of the training inputs: no data of the same kind and unit are so far off as a whole
 
 
@@ -49,7 +47,17 @@ def run(config: DictConfig) -> None:
     name = str(config.finetune.tag or "prediction")
     if new:
         name += f"-{key({place: made_from[place] for place in ('data', 'contents')})[:6]}"
-        node = new_file(node, fitted.metrics["config"]["data"])
+        tuned_on = fitted.metrics["config"]
+        node = new_file(node, tuned_on["data"])
+        same = made_from["contents"] and made_from["contents"].get("data") == (tuned_on.get("contents") or {}).get(
+            "data"
+        )
+        if same and node.get("train") == tuned_on["data"].get("train"):
+            console.print(
+                "warning: these are the files that the model was fine-tuned on, its training samples among them: what "
+                "follows is no test error",
+                soft_wrap=True,
+            )
     path = stage_folder(config, "predict") / f"{name}.npz"
     record = path.with_suffix(".json")
     with locked(path.parent):
@@ -73,18 +81,8 @@ def run(config: DictConfig) -> None:
             inputs=[tuned / "model.safetensors"],
         )
     if new:
-        console.print(f"new data ({'; '.join(new[:4])}), all of them predicted", soft_wrap=True, markup=False)
+        console.print(f"new data ({'; '.join(new[:4])}), all of them predicted", soft_wrap=True)
     console.print(f"{said} on {count} samples; {path}", soft_wrap=True)
-
-
-def changes(tuned: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In what the data differ from those of the fine-tune, `HARMLESS` options aside; empty for the same test set."""
-
-    def of(values: Mapping[str, Any]) -> dict[str, Any]:
-        options = {name: value for name, value in values["data"].items() if name not in HARMLESS}
-        return {"data": options, "contents": (values.get("contents") or {}).get("data")}
-
-    return sorted(differences(of(tuned), of(now)))
 
 
 def new_file(node: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from orca_rank.stages.setup import check, contents, stage_folder
 from orca_rank.stages.trainer import trainer_options
 from orca_rank.training.pretrain import pretrain_source, recipe_of
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 RESULTS = ("metrics.json", "curve.csv", "recipe.json", "weights.safetensors", "source.npz")
 
 

@@ -18,12 +18,12 @@ from orca_rank.fitted import Fitted, chosen_folder, load
 from orca_rank.report.plots import nested_figure, png
 from orca_rank.report.rank_curve import NAME, separate_runs
 from orca_rank.report.run_folder import RunFolder, read_tunes
-from orca_rank.stages.setup import data_for, stage_folder
+from orca_rank.stages.setup import check_same_data, data_for, stage_folder
 from orca_rank.stages.tracking import show
 from orca_rank.stages.trainer import device_of
 from orca_rank.tracking.pages import rank_curve_page
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -43,6 +43,7 @@ def run(config: DictConfig) -> None:
         fitted = load(folder, trust=targets(config))
         fitted.to(device_of(config.trainer))
         layers = fitted.nested().values()
+        check_same_data(config, fitted)
         data = data_for(config.data, fitted, "fit")
         parts: dict[str, Batches] = {"val": data.val_dataloader(), "test": data.test_dataloader()}
         top = max(layer.rank for layer in layers)

@@ -16,10 +16,10 @@ from orca_rank.artifacts.lock import locked
 from orca_rank.build import targets
 from orca_rank.data import count
 from orca_rank.fitted import Fitted, chosen_folder, load
-from orca_rank.stages.setup import data_for, stage_folder
+from orca_rank.stages.setup import check_same_data, data_for, stage_folder
 from orca_rank.stages.trainer import device_of
 
-console = Console()
+console = Console(markup=False)
 
 
 def run(config: DictConfig) -> None:
@@ -36,6 +36,7 @@ def run(config: DictConfig) -> None:
     with locked(folder):
         fitted = load(folder, trust=targets(config))
         fitted.to(device_of(config.trainer))
+        check_same_data(config, fitted)
         data = data_for(config.data, fitted, "fit")
         batches = data.val_dataloader()
         with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:

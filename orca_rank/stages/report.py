@@ -36,7 +36,7 @@ from orca_rank.stages.sweep import write_tables
 from orca_rank.stages.tracking import show
 from orca_rank.tracking.pages import report_page
 
-console = Console()
+console = Console(markup=False)
 _PRINTED = 40  # fine-tunes printed; the files have all
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_tensors
 from orca_rank.artifacts.lock import locked
-from orca_rank.artifacts.provenance import contents_hash, key, plain, select
+from orca_rank.artifacts.provenance import contents_hash, differences, key, plain, select
 from orca_rank.artifacts.unfinished import tidy
 from orca_rank.backbone import OrcaModel, body_of, create_model, create_timm, source_model
 from orca_rank.build import build
@@ -33,9 +33,11 @@ from orca_rank.stages.trainer import callbacks_of, check_logger, check_trainer, 
 from orca_rank.task import Task
 from orca_rank.weights import shipped
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 
 
+# Data options that change neither which samples are the test set nor how they are read.
+HARMLESS = ("batch_size", "seed", "workers", "device", "cache", "root")
 # What a model's weights before fine-tuning depend on.
 MODEL_SECTIONS = ("backbone", "embedder", "seed")
 
@@ -169,6 +171,8 @@ def data_for(node: DictConfig | Mapping[str, Any], fitted: Fitted, part: str) ->
             f"the data options of the fine-tune, whose test set is predicted"
         )
     if part == "all" and fitted.inputs is None and getattr(data, "normalise", None) != "none":
+        if fitted.metrics["config"]["data"].get("normalise") == "none":
+            raise ValueError("the model was fine-tuned on inputs as they are: set data.normalise=none for new ones too")
         raise ValueError(
             f"the fine-tune kept no statistics to normalise new inputs by (an earlier version did not, or its data "
             f"module has none): run `{command('stage=finetune', 'force=true')}` on the data that it was trained on"
@@ -183,6 +187,31 @@ def data_for(node: DictConfig | Mapping[str, Any], fitted: Fitted, part: str) ->
             f"{data.task.kind} {data.task.output_shape}: choose the data that it was trained on"
         )
     return data
+
+
+def changes(tuned: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what the data differ from those of the fine-tune, `HARMLESS` options aside; empty for the same test set."""
+
+    def of(values: Mapping[str, Any]) -> dict[str, Any]:
+        options = {name: value for name, value in values["data"].items() if name not in HARMLESS}
+        return {"data": options, "contents": (values.get("contents") or {}).get("data")}
+
+    return sorted(differences(of(tuned), of(now)))
+
+
+def check_same_data(config: DictConfig, fitted: Fitted) -> None:
+    """Refuse other data than a model was fine-tuned on where its own validation and test samples are asked for: those
+    of others may be among its training samples.
+
+    Raises:
+        ValueError: naming the options that differ.
+    """
+    now = {"data": plain(config.data), "contents": contents(config, "data")}
+    if differing := changes(fitted.metrics["config"], now):
+        raise ValueError(
+            f"the model was fine-tuned on other data ({'; '.join(differing[:6])}), some of which may be in these "
+            f"validation and test sets: give the data options of the fine-tune"
+        )
 
 
 def aligned_embedder(config: DictConfig) -> Path:

@@ -12,7 +12,7 @@ from omegaconf import ListConfig
 from torch import nn
 
 from orca_rank.artifacts.provenance import plain
-from orca_rank.build import build
+from orca_rank.build import build, check_kinds, plain_options
 from orca_rank.options import number
 from orca_rank.processes import world
 from orca_rank.tracking.page import Job
@@ -40,13 +40,15 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Raise a ValueError for options that Lightning refuses, that a stage sets itself, or for more processes than are
     there."""
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException  # here, because it takes seconds
+    from lightning.pytorch import Trainer  # here, because it takes seconds
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     for name, instead in OWN.items():
         if name in trainer:
             raise ValueError(f"trainer.{name} is set by the stage: use {instead}")
     _check_processes(trainer)
     try:
+        check_kinds(Trainer, plain_options(trainer), ours=False)
         build(trainer, logger=False, enable_checkpointing=False, **_several(trainer))
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error

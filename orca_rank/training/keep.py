@@ -25,7 +25,7 @@ from orca_rank.artifacts.plain import check_sums
 from orca_rank.artifacts.unfinished import CHECKPOINTS
 from orca_rank.processes import agreed, first
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 LAST, PREVIOUS = CHECKPOINTS
 
 

@@ -35,7 +35,7 @@ from orca_rank.training.keep import Keep, checkpoint_of, fit
 from orca_rank.training.muon import MuonAdamW, parameter_groups
 from orca_rank.training.recipe import ON_THE_SPOT, Recipe, keep_recipe
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)
 Pair = tuple[Tensor, Tensor]
 COLUMNS = ("epoch", "lr", "seconds", "train/loss", "val/top1", "val/top1_raw")
 

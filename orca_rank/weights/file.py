@@ -52,6 +52,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if value.shape != wanted[name].shape
     ]:
         raise ValueError(f"{path} does not fit this backbone: {'; '.join(wrong[:3])}")
+    if whole := [name for name, value in state.items() if wanted[name].is_floating_point() > value.is_floating_point()]:
+        raise ValueError(
+            f"{path} has whole numbers where weights are meant in {len(whole)} tensors, for example {whole[:3]}: it is "
+            f"quantised, and without its scales; {_MEND}"
+        )
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(
             f"{path} has NaN or infinite values in {len(broken)} tensors, for example {broken[:3]}: its training "
