@@ -85,6 +85,8 @@ class DyLoRA(LoRA):
         self, law: Law | Mapping[str, Law], concentration: float | Mapping[str, float] | None
     ) -> Float[Tensor, " r"]:
         count = self.rank - self.r_min + 1
+        if concentration is not None and law != "stick-breaking":
+            raise ValueError(f"{self.name}: concentration is of law='stick-breaking' alone, received law={law!r}")
         if isinstance(law, str) and law == "uniform":
             return torch.full((count,), 1.0 / count, dtype=torch.float64)
         if isinstance(law, str) and law == "stick-breaking":

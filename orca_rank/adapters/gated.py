@@ -63,6 +63,8 @@ class GatedLoRA(LoRA):
                 f"{self.name}: concentration={concentration}, temperature={temperature}; expected positive numbers"
             )
         self.concentration, self.temperature = float(concentration), float(temperature)
+        if not (kl_weight >= 0 and math.isfinite(kl_weight)):
+            raise ValueError(f"{self.name}: kl_weight={kl_weight}; expected a number of at least 0")
         self.kl_weight = float(kl_weight)
         # Kumaraswamy(α, 1) is Beta(α, 1): the posterior starts at the prior.
         self.log_a = nn.Parameter(self.lora_A.new_full((rank,), math.log(self.concentration)))

@@ -158,7 +158,6 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
         if not (value.is_floating_point() and value.isfinite().all()) and ".lora_" in key:
             raise ValueError(f"{folder / WEIGHTS} holds {key} of {value.dtype} with NaN, infinity or no fractions")
     layers, others = _group(tensors)
-    _check_ranks(layers, config, folder)
     parts = extra.get("parts", {})
     ranks = {
         name if part == WHOLE else f"{name}.{part}": rank
@@ -168,6 +167,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
     scaling = "rslora" if config.get("use_rslora") else "lora"
     saved = _saved_modules(model, config.get("modules_to_save") or [], others)
     _check_shapes(model, layers)
+    _check_ranks(layers, config, folder)
     if not adapted(model) and ranks:
         make = partial(LoRA, scaling=scaling, dropout=config.get("lora_dropout") or 0.0)
         inject(model, RankPlan(ranks, allow_above_full=True), adapter=make)  # PEFT allows ranks above full

@@ -1,5 +1,6 @@
 """Variants that move more than a product of two matrices: Delta-LoRA, additive, re-randomised."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,8 @@ class DeltaLoRA(LoRA):
             raise ValueError(
                 f"{self.name}: start is {start}; expected a number of steps, 0 or more, or a share of the run below 1"
             )
+        if not (ratio > 0 and math.isfinite(ratio)):
+            raise ValueError(f"{self.name}: ratio is {ratio}; expected a number above 0, at 0 W would never follow")
         self.ratio, self.start = float(ratio), start
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=self.lora_A.device))
         self.start_A, self.start_B = torch.zeros_like(self.lora_A), torch.zeros_like(self.lora_B)

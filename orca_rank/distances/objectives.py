@@ -59,6 +59,8 @@ class MMD:
     """
 
     def __init__(self, source: Features, label: Labels, kernels: int = 5, bandwidth: float | str | None = None) -> None:
+        if kernels < 1:
+            raise ValueError(f"kernels must be at least 1, received {kernels}")
         self.source, self.kernels = points(source), kernels
         self.bandwidth = self._fixed(bandwidth)
         self.own = None if self.bandwidth is None else self._within(self.source, self.bandwidth)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from orca_rank.artifacts.damaged import reading
+from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.report.layer_figures import posterior_figure
 from orca_rank.report.page import Page
 from orca_rank.report.results import Tune
@@ -31,7 +31,13 @@ def posteriors(page: Page, tunes: Sequence[Tune]) -> None:
         return
     page.section("posterior", "Posterior of every rank")
     for number, tune in enumerate(found):
-        ranks, probability, sets = rank_posteriors(tune)
+        try:
+            ranks, probability, sets = rank_posteriors(tune)
+        except DamagedFile:
+            raise
+        except ValueError as error:  # too few images: the rest of the report does without
+            page.text(f"{tune.tag} has held-out losses of every rank, but no posterior follows from them: {error}.")
+            continue
         sizes = [int(one.sum()) for one in sets.values()]
         likely = [ranks[int(one.argmax())] for one in probability.values()]
         page.figure(

@@ -59,6 +59,10 @@ def check_options(config: DictConfig) -> GapOptions:
         ValueError: for a value that means nothing, or a rule that needs a measurement that is turned off.
     """
     check_model(config)
+    if not isinstance(plain(config.measure.compare), dict):
+        raise ValueError(f"measure.compare={config.measure.compare}: expected names with a data config each, or {{}}")
+    if not isinstance(config.measure.fitted, str | None):
+        raise ValueError(f"measure.fitted={config.measure.fitted}: expected the folder of a fine-tune, or null")
     whole("align.clusters", config.align.clusters)
     source = build(config.source)
     if getattr(source, "embedded", False) and config.backbone.pretrained != "on_source":

@@ -106,6 +106,8 @@ def run(config: DictConfig) -> None:
 
 
 def _check_rules(config: DictConfig) -> None:
+    if not isinstance(plain(config.plan.rules), list):
+        raise ValueError(f"plan.rules={config.plan.rules}: expected a list of rules, such as [uniform], or []")
     for name in config.plan.rules:
         if name not in ranks.RULES:
             raise ValueError(f"plan.rules names {name!r}; the rules are {', '.join(ranks.RULES)}")
