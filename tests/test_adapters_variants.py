@@ -284,6 +284,22 @@ def test_elalora_prunes_the_least_and_grows_where_the_least_is_largest():
     assert torch.allclose(b.plain()[0] @ b.plain()[0].T, torch.eye(5).double(), atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elalora_pulls_at_no_direction_that_is_at_right_angles_within_rounding(dtype):
+    """Adam would make full steps of a gradient of rounding errors, which the number of processes changes."""
+    torch.manual_seed(0)
+    layer = ElaLoRA(torch.zeros(40, 30, dtype=dtype), 6)
+    layer.grow()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer.extra_loss()
+    loss.backward()
+    assert loss == 0 and not layer.lora_A.grad.any() and not layer.lora_B.grad.any()
+    with torch.no_grad():
+        layer.lora_A[0] *= 1.01
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.extra_loss().item() == pytest.approx(0.01 * (1.01**2 - 1) ** 2, rel=1e-3)
+
+
 def test_elalora_goes_on_as_if_nothing_had_happened():
     kind = partial(ElaLoRA, every=2, moved=2, tinit=0, tfinal=0)
     whole, first, second = (make(kind, {"0.q": 3, "0.v": 3, "2": 3})[0] for _ in range(3))

@@ -91,9 +91,7 @@ class ElaLoRA(LoRA):
 
     def extra_loss(self) -> Tensor:
         living = self.alive.nonzero().flatten()
-        q, p = self.lora_A[living], self.lora_B[:, living]
-        eye = torch.eye(len(living), dtype=q.dtype, device=q.device)
-        return self.orthogonal * ((p.T @ p - eye).square().sum() + (q @ q.T - eye).square().sum())
+        return self.orthogonal * (_off(self.lora_B[:, living].T) + _off(self.lora_A[living]))
 
     def run_of(self, steps: int) -> None:
         """Move between these shares of a run of so many optimiser steps.
@@ -143,6 +141,14 @@ class ElaLoRA(LoRA):
         self.lambdas[slot] = 0
         self.importance[slot] = self.importance[living].min()
         self.alive[slot] = True
+
+
+def _off(rows: Float[Tensor, "k d"]) -> Tensor:
+    """‖VVᵀ − I‖², of which what is within rounding counts as 0: Adam would make steps of the full rate of its gradient,
+    in directions that nothing but the order of additions chose. In the rows' own precision under autocast too."""
+    with torch.autocast(rows.device.type, enabled=False):
+        off = rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        return torch.where(off.abs() > rows.shape[1] * torch.finfo(rows.dtype).eps, off, 0.0).square().sum()
 
 
 def _away(vector: Float[Tensor, " d"], rows: Float[Tensor, "k d"]) -> Float[Tensor, " d"]:
