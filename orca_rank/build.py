@@ -33,9 +33,10 @@ def build(node: Any, **extra: Any) -> Any:
         built = instantiate(node, _convert_="all", **extra)
     except InstantiationException as error:
         cause = error.__cause__
+        # As likely as not for a value of another kind, unless there is no such target.
+        if cause is not None and not isinstance(cause, ImportError) and foreseen(cause) is None:
+            check_kinds(get_object(node["_target_"]), {**plain_options(node), **extra})
         if cause is not None and passes_through_package(cause.__traceback__, but=__file__):
-            if foreseen(cause) is None:  # as likely as not for a value of another kind
-                check_kinds(get_object(node["_target_"]), {**plain_options(node), **extra})
             raise cause from cause.__cause__
         reason = " ".join(str(cause or error).split())
         raise ValueError(f"could not build {node['_target_']}: {reason}") from error

@@ -22,7 +22,8 @@ def foreseen(error: BaseException) -> str | None:
     if _deliberate(error):
         return text
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        place = error.filename if error.filename2 is None else error.filename2  # where it was copied to
+        return f"{place}: {error.strerror}" if place is not None else error.strerror
     return None
 
 

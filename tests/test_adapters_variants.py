@@ -564,3 +564,14 @@ def test_memory_can_change_between_steps():
         set_memory(model, memory)
         outputs.append(model(X))
     assert torch.allclose(*outputs)
+
+
+def test_options_without_effect_or_meaning_are_refused():
+    weight = torch.randn(6, 5)
+    for ratio in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="ratio"):
+            DeltaLoRA(weight, 2, ratio=ratio)
+    with pytest.raises(ValueError, match="kl_weight"):
+        GatedLoRA(weight, 2, kl_weight=-1.0)
+    with pytest.raises(ValueError, match="concentration is of law='stick-breaking' alone"):
+        DyLoRA(weight, 2, concentration=3.0)

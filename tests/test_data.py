@@ -356,3 +356,19 @@ def test_a_hostile_pt_file_is_not_executed(tmp_path, monkeypatch):
 def test_bad_array_options(tmp_path, options):
     with pytest.raises(ValueError, match=r"labels|channels|normalise"):
         Arrays(root=tmp_path, train="a.npz", **options)
+
+
+def test_what_netcdf_says_of_its_numbers_is_not_passed_over(tmp_path):
+    x, y = classification()
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["x"], file["y"] = (100 * x).astype(np.int16), y
+        file["x"].attrs["_FillValue"] = (100 * x).astype(np.int16).max()
+    for options in ({}, {"in_memory": False}):
+        with pytest.raises(ValueError, match=r"takes for missing ones: set data\.fill="):
+            Arrays(root=tmp_path, train="data.h5", **options).setup()
+    Arrays(root=tmp_path, train="data.h5", fill="none").setup()
+    Arrays(root=tmp_path, train="data.h5", fill=float((100 * x).astype(np.int16).max())).setup()
+    with h5py.File(tmp_path / "data.h5", "a") as file:
+        file["x"].attrs["scale_factor"] = 0.01
+    with pytest.raises(ValueError, match=r"packed by its attributes.*scale_factor"):
+        Arrays(root=tmp_path, train="data.h5", fill="none").setup()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,31 @@ def test_a_name_does_not_choose_the_reader(tmp_path):
     (tmp_path / "x.eps").rename(tmp_path / "y.png")
     with pytest.raises(DamagedFile, match=r"cannot read the image .*y\.png"):
         read_image(tmp_path / "y.png", 8)
+
+
+def test_training_images_are_not_tested_on_in_silence(tmp_path):
+    photos(tmp_path / "all")
+    for test in ("all", "./all", "../" + tmp_path.name + "/all"):
+        with pytest.raises(ValueError, match="is the training folder itself"):
+            ImageFolder(root=tmp_path, train="all", test=test, size=8)
+    photos(tmp_path / "new", count=2)
+    assert "4 of 4 test samples of" in ImageFolder(root=tmp_path, train="all", test="new", size=8).notes[-1]
+    for path in (tmp_path / "new").rglob("*.png"):
+        Image.new("RGB", (8, 8), (0, 0, 200 + int(path.stem))).save(path)
+    assert not ImageFolder(root=tmp_path, train="all", test="new", size=8).notes
+
+
+def test_images_behind_links_count_as_what_they_hold(tmp_path):
+    photos(tmp_path / "far")
+    (tmp_path / "near").mkdir()
+    for name in ("ant", "bee"):
+        (tmp_path / "near" / name).symlink_to(tmp_path / "far" / name)
+    before = ImageFolder(root=tmp_path, train="near", size=8).contents
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "far/ant/0.png")
+    assert ImageFolder(root=tmp_path, train="near", size=8).contents != before
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    photos(tmp_path / "all")
+    os.mkfifo(tmp_path / "all/ant/pipe.png")
+    assert "not read: 1 .png" in ImageFolder(root=tmp_path, train="all", size=8).notes[0]

@@ -232,3 +232,9 @@ def test_a_test_set_that_was_trained_on_is_refused_or_named(tmp_path):
     )
     np.savez(tmp_path / "new.npz", x=X + 1, y=CLASS)
     assert load(tmp_path, test="new.npz").notes == ()
+
+
+def test_names_in_other_encodings_stay_apart(tmp_path):
+    names = np.array(["café".encode("latin-1"), "cafè".encode("latin-1"), b"tea", b"milk"])
+    assert set(load(tmp_path, y=names[CLASS]).task.classes) == {"café", "cafè", "tea", "milk"}
+    assert set(load(tmp_path, y=np.char.encode(["ä", "ö", "ü", "ß"], "utf-8")[CLASS]).task.classes) == {*"äöüß"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from shared import TINY_SWIN
 
 from orca_rank.build import build
@@ -72,7 +72,19 @@ ALIGN = [
     ("layers.target='(attn'", "layers.target"),
     ("layers.qkv=both", "layers.qkv"),
 ]
+KINDS = [  # of another kind than the target says, in groups that check nothing of it themselves
+    ("data.invert=maybe", "Digits: invert=maybe: expected true or false"),
+    ("data.split_seed=abc", "split_seed"),
+    ("rank.allow_above_full=3", "uniform: allow_above_full=3: expected true or false"),
+    ("trainer.log_every_n_steps=abc", "Trainer: log_every_n_steps=abc: expected a whole number or null"),
+    ("trainer.deterministic=maybe", "Trainer: deterministic=maybe: expected true or false or warn or null"),
+    ("layers.target=null", "layers.target=None: expected a regular expression"),
+    ("backbone.pretrained=null", "backbone.pretrained=None: expected true, false or"),
+]
 MEASURE = [
+    ("measure.compare=null", "measure.compare=None: expected names with a data config each"),
+    ("measure.fitted=3", "measure.fitted=3: expected the folder of a fine-tune, or null"),
+    ("gap.metrics.sliced.projections=abc", "sliced_wasserstein: projections=abc: expected a whole number"),
     ("budget.mean_rank=1e9", r"budget.mean_rank=1e\+09: expected a number of at most \d+\.?\d*, the full rank of all"),
     ("align.clusters=1.5", "align.clusters=1.5: expected a whole number"),
     ("gap.samples=3", "gap.samples"),
@@ -81,6 +93,7 @@ MEASURE = [
     ("+measure.compare.mine._target_=orca_rank.data.nothing.Nothing", "nothing"),
 ]
 PLAN = [
+    ("plan.rules=null", "plan.rules=None: expected a list of rules"),
     ("budget.mean_rank=1e9", "budget.mean_rank"),
     ("plan.rules=[unifrom]", "plan.rules names 'unifrom'"),
     ("embedder.train=maybe", "embedder.train=maybe"),
@@ -106,7 +119,7 @@ PRETRAIN = [
 @pytest.mark.parametrize(
     ("stage", "option", "message"),
     [
-        *((finetune, *case) for case in [*COMMON, *FINETUNE]),
+        *((finetune, *case) for case in [*COMMON, *FINETUNE, *KINDS]),
         *((align, *case) for case in [*COMMON[:2], *ALIGN]),
         *((pretrain, *case) for case in [*COMMON[:1], *PRETRAIN]),
         *((measure, *case) for case in MEASURE),
@@ -163,6 +176,28 @@ class Outer:
     share: float
     inner: Inner
     other: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data=arrays", "data.train=3"], "Arrays: train=3: expected a word or a list of words"),
+        (["data=arrays", "data.train=[x.npy,3]"], "Arrays: train=.*expected a word or a list of words"),
+        (["data=arrays", "data.root=null"], "Arrays: root=null: expected a word or a path"),
+        (["adapter=elalora", "adapter.module.room=abc"], "ElaLoRA: room=abc: expected a number"),
+        (["adapter=elalora", "adapter.module.moved=nan"], "ElaLoRA: moved=nan: expected a whole number"),
+        (["adapter=matryoshka", "adapter.module.r_min=null"], "MatryoshkaLoRA: r_min=null: expected a whole number"),
+        (["adapter=delta_lora", "adapter.module.ratio=abc"], "DeltaLoRA: ratio=abc: expected a number"),
+    ],
+)
+def test_values_of_another_kind_are_refused_wherever_they_are_built(
+    composed: Callable[..., DictConfig], options: list[str], message: str
+) -> None:
+    config = composed(*options)
+    place = options[0].split("=")[0]
+    node = {"data": "data", "adapter": "adapter.module", "align": "align.objective"}[place]
+    with pytest.raises(ValueError, match=message):
+        build(OmegaConf.select(config, node))
 
 
 def test_options_are_read_with_those_inside_them() -> None:

@@ -266,6 +266,46 @@ def test_strict_reading(tmp_path):
         load_peft(swin(), tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 9}, "has rank .* says 9"),
+        ({"r": None}, "r=None: expected a whole number"),
+        ({"lora_alpha": None}, "lora_alpha=None: expected a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"use_rslora": "false"}, "use_rslora='false': expected true or false"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern=.*regular expressions"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"rank_pattern": {"fc1": 7, "nothing": 1}}, "two of its patterns reach one layer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_configuration_that_is_not_its_tensors_is_refused(tmp_path, change, message):
+    save_peft(adapted_swin(PLANS["fused"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "rank_pattern": {}}
+    tensors = {name: value for name, value in load_file(tmp_path / WEIGHTS).items() if ".mlp.fc1." in name}
+    config["r"] = len(next(value for name, value in tensors.items() if "lora_A" in name))
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    path.write_text(json.dumps(config))
+    load_peft(swin(), tmp_path)
+    path.write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+        load_peft(swin(), tmp_path)
+
+
+def test_tensors_that_mean_nothing_are_refused(tmp_path):
+    save_peft(adapted_swin(PLANS["fused"]), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for change in (lambda v: v * torch.nan, lambda v: v / 0, lambda v: v.to(torch.int32)):
+        save_file({name: change(value) for name, value in tensors.items()}, tmp_path / WEIGHTS, {"format": "pt"})
+        with pytest.raises(ValueError, match="NaN, infinity or no fractions"):
+            load_peft(swin(), tmp_path)
+    save_file({}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds no LoRA"):
+        load_peft(swin(), tmp_path)
+
+
 def test_other_layers_or_methods_are_refused(tmp_path):
     save_peft(adapted_swin(PLANS["fused"]), tmp_path)
     with pytest.raises(KeyError, match="different layers"):

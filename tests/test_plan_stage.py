@@ -138,3 +138,13 @@ def test_before_measuring_a_rule_of_gaps_shows_the_uniform_plan_and_says_so(
     write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": records})
     with pytest.raises(ValueError, match="stage=measure"):
         plan.run(config)
+
+
+def test_brackets_in_a_folders_name_are_no_markup(
+    composed: Callable[..., DictConfig], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("[x]", "[", "x]"):
+        plan.run(composed("stage=plan", "rank=uniform", "rank.r=1", f"run='{name}/[bold]'"))
+        assert f"{name}/[bold]/plan/plan.json" in "".join(capsys.readouterr().out.split())
+    plan.run(composed("stage=plan", "rank=uniform", "rank.r=1", f"paths.runs='{tmp_path}/[/a]'"))
+    assert (tmp_path / "[/a]/default/plan/plan.json").exists()

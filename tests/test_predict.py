@@ -22,7 +22,7 @@ from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.data.darcy import Darcy
 from orca_rank.fitted import Fitted
 from orca_rank.stages import finetune, predict
-from orca_rank.stages.setup import data_for
+from orca_rank.stages.setup import changes, data_for
 
 Arrays = dict[str, np.ndarray]
 
@@ -126,9 +126,9 @@ def test_new_data_are_predicted_whole_by_the_statistics_of_training(run: Run) ->
 def test_how_the_test_set_is_read_does_not_make_it_new() -> None:
     known = {"data": {"train": "a", "batch_size": 3, "seed": 0, "root": "x"}, "contents": {"data": "1"}}
     other = {"data": {"train": "a", "batch_size": 9, "seed": 4, "root": "y"}, "contents": {"data": "1"}}
-    assert predict.changes(known, other) == []
-    assert predict.changes(known, {**other, "contents": {"data": "2"}}) == ["contents: 1 -> 2"]
-    assert predict.changes(known, {**other, "data": {**other["data"], "split_seed": 1}}) != []
+    assert changes(known, other) == []
+    assert changes(known, {**other, "contents": {"data": "2"}}) == ["contents: 1 -> 2"]
+    assert changes(known, {**other, "data": {**other["data"], "split_seed": 1}}) != []
 
 
 def test_a_new_test_file_is_predicted_and_not_the_training_file_again(run: Run) -> None:
@@ -194,6 +194,23 @@ def test_images_of_a_folder_are_named_and_their_classes_are_the_models(run: Run)
     (folder / "plain").rmdir()
     found = run.predict(*options)
     assert found.image.tolist() == ["a.png", "b.png"] and not hasattr(found, "target")
+
+
+def test_new_inputs_are_normalised_as_the_model_was_trained_whatever_the_option(run: Run) -> None:
+    expected = run.predict("data.train=new.npz", "data.in_memory=true")
+    found = run.predict("data.train=new.npz", "data.normalise=none")
+    assert np.array_equal(found.prediction, expected.prediction)
+    fitted = load(run.output.parent)
+    metrics = {**fitted.metrics, "config": {"data": {"normalise": "none"}}}
+    with pytest.raises(ValueError, match=r"as they are: set data\.normalise=none"):
+        data_for(run.config("data.train=new.npz").data, Fitted(fitted.model, fitted.task, metrics), "all")
+
+
+def test_training_samples_among_what_is_predicted_are_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.predict("data.test_fraction=0.5")
+    assert "its training samples among them" in " ".join(capsys.readouterr().out.split())
+    run.predict("data.train=new.npz", "data.test_fraction=0.4")
+    assert "its training samples among them" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_fine_tune_without_statistics_predicts_no_new_data(run: Run) -> None:

@@ -23,6 +23,8 @@ def test_a_row_is_the_model_cut_to_its_rank(composed: Callable[..., DictConfig])
     finetune.run(composed(*TINY, "rank=uniform", "rank.r=2", "finetune.tag=alone"))
     with pytest.raises(ValueError, match="adapter=matryoshka or adapter=dylora"):
         rank_curve.run(composed(*TINY, "finetune.tag=alone"))
+    with pytest.raises(ValueError, match=r"fine-tuned on other data \(data\.split_seed: 0 -> 1\)"):
+        rank_curve.run(composed(*TINY, "finetune.tag=nested", "data.split_seed=1"))
     rank_curve.run(config)
     run = Path(config.paths.runs) / config.run
     with open(run / "finetune/nested/rank_curve.csv", newline="") as stream:

@@ -136,3 +136,7 @@ def test_a_posterior_is_drawn_where_losses_of_every_rank_are(composed: Callable[
     (said,) = [text for text in words(run) if text.startswith("Posterior of the rank of every layer given")]
     assert "held-out losses of one" in said and "of 5 ranks" in said
     assert (run / "report/posterior.svg").exists()
+    few = {name: values[:, :4] for name, values in falling.items()}  # the rest of the report is still written
+    save_file({**few, "ranks": np.arange(5)}, run / "finetune/one/rank_losses.safetensors")
+    report.run(config)
+    assert any("no posterior follows from them" in text for text in words(run))

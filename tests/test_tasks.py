@@ -109,6 +109,16 @@ def test_unlabelled_pixels_are_told_by_their_value(tmp_path: Path) -> None:
     assert data.task.output_shape == (3, 16, 16) and data.task.classes is None
     assert (data.parts.train[1][:, :2] == scoring.UNLABELLED).all() and data.parts.train[1][:, 2:].min() == 0
     assert read(tmp_path, y).task.classes == (0, 1, 2, 255)
+    y[3] = y[5] = 255  # an error of 0 there would be none that was measured
+    with pytest.raises(ValueError, match=r"2 sample\(s\) without a labelled pixel, the first is number 3"):
+        read(tmp_path, y, fill=255).setup()
+
+
+def test_numbers_that_never_vary_are_said_not_to_count(tmp_path: Path) -> None:
+    y = np.random.default_rng(0).standard_normal((len(X), 3))
+    y[:, 1], y[:, 2] = 4.0, np.nan
+    notes = read(tmp_path, y, fill=float("nan")).notes
+    assert "2 numbers of the targets never vary in training, or are missing: 1, 2; not counted" in notes
 
 
 # ---------------------------------------------------------------- splits

@@ -212,3 +212,25 @@ def test_a_prediction_that_is_not_a_number_has_no_error_that_is_one():
     field = torch.ones(2, 1, 2, 2)
     field[1, 0, 0, 0] = torch.nan
     assert Task("dense", (1, 2, 2), (1, 2, 2)).metric(field, torch.ones(2, 1, 2, 2)).isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("value", [-9999.0, 1e20, 9.969209968386869e36])
+def test_a_known_fill_value_is_named_where_it_stands_once(tmp_path, value):
+    x = X.copy()
+    x[7, 1, 2, 2] = value
+    with pytest.raises(ValueError, match=r"exactly 1 times.*channel 1"):
+        load(tmp_path, x, Y).setup()
+    load(tmp_path, X * 1.234e20, Y).setup()  # a large unit alone is none
+    x[7, 1, 2, 2] = 777.0  # nor is a single number far away
+    load(tmp_path, x, Y).setup()
+
+
+def test_what_would_overflow_or_is_not_scaled_is_said(tmp_path):
+    with pytest.raises(ValueError, match="not even float64 holds their norms"):
+        load(tmp_path, X, Y / np.abs(Y).max() * 1.7e308).setup()
+    notes = load(tmp_path, 1e-13 * X, 1e-13 * Y, normalise="none").notes
+    assert len(notes) == 2 and all("data.normalise=channel" in note for note in notes)
+    assert not load(tmp_path, X, Y, normalise="none").notes
+    x = X.copy()
+    x[:, 0] = 5.0
+    assert "1 channels of the inputs never vary in training, or are missing: 0; left out" in load(tmp_path, x, Y).notes

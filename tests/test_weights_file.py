@@ -118,6 +118,9 @@ def test_weights_that_cannot_be_meant(tmp_path):
             loaded(tmp_path, broken, vit())
     with pytest.raises(ValueError, match=r"no place, for example \['blocks\.1.*deeper"):
         loaded(tmp_path, state, vit(depth=1))
+    whole = {name: (100 * value).to(torch.int8) for name, value in state.items()}
+    with pytest.raises(ValueError, match=r"whole numbers where weights are meant.*quantised"):
+        loaded(tmp_path, whole, vit())
     with pytest.raises(ValueError, match="lacks"):
         loaded(tmp_path, state, vit(depth=3))
     with pytest.raises(ValueError, match="does not fit"):

@@ -68,8 +68,6 @@ def adaptable_layers(body: nn.Module, target: str, qkv: str = "fused", option: s
     if qkv not in ("fused", "separate"):
         name = "layers.qkv" if option == "layers.target" else "qkv"
         raise ValueError(f"{name} must be 'fused' or 'separate', received {qkv!r}")
-    if not isinstance(target, str):
-        raise ValueError(f"{option} must be a regular expression, received {target!r}")
     try:
         pattern = re.compile(target)
     except re.error as error:

@@ -258,6 +258,8 @@ def check(config: DictConfig) -> None:
 
 def check_model(config: DictConfig) -> None:
     """Those of the model, also for stages that train nothing; errors as in `check`."""
+    if not isinstance(config.layers.target, str):
+        raise ValueError(f"layers.target={config.layers.target}: expected a regular expression")
     one_of("embedder.init", config.embedder.init, ("pretrained", "random"))
     flag("embedder.aligned", config.embedder.aligned)
     flag("embedder.train", config.embedder.train)
