@@ -158,7 +158,6 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, LoR
         if not (value.is_floating_point() and value.isfinite().all()) and ".lora_" in key:
             raise ValueError(f"{folder / WEIGHTS} holds {key} of {value.dtype} with NaN, infinity or no fractions")
     layers, others = _group(tensors)
-    _check_ranks(layers, config, folder)
     parts = extra.get("parts", {})
     ranks = {
         name if part == WHOLE else f"{name}.{part}": rank
