@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import platform
@@ -22,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from orca_rank import __version__, job
-from orca_rank.artifacts.command import TYPED, swept
+from orca_rank.artifacts.command import TYPED, alike, swept
 from orca_rank.artifacts.lock import WAIT
 from orca_rank.hints import hint
 from orca_rank.processes import world
@@ -60,14 +61,14 @@ def main(arguments: Sequence[str]) -> int:
     sys.argv[1:] = with_demo(arguments)
     os.environ[TYPED] = shlex.join(sys.argv[1:])
     _listen()
-    failed: list[str] = []
+    failed: list[tuple[str, str]] = []  # points of a sweep, each with its error
     moments: list[float] = []  # when the points of a sweep ended, one after the other; first when they began
     elsewhere = f"-{platform.node()}-{os.getpid()}"  # ends the names of files in which jobs in other processes write
     try:
         hydra.main(str(CONF), "config", "1.3")(lambda config: _job(config, failed, elsewhere, moments))()
     except SystemExit as end:
         if isinstance(listed := getattr(end.__context__, "listed", None), str):
-            failed += Path(listed).read_text().splitlines()
+            failed += [(point, said) for point, said in map(json.loads, Path(listed).read_text().splitlines())]
             Path(listed).unlink()
         elif end.__context__ is not None and (mend := hint(end.__context__, CONF)) is not None:
             print(f"error: {mend}", file=sys.stderr)
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + number
     finally:
         if failed:
-            print(f"\n{len(failed)} of the sweep's points failed:", *failed, sep="\n  ", file=sys.stderr)
+            print(f"\n{len(failed)} of the sweep's points failed:", *alike(failed), sep="\n  ", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -96,7 +97,7 @@ def with_demo(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:place], "experiment=demo", *arguments[place:]]
 
 
-def _job(config: DictConfig, failed: list[str], elsewhere: str, moments: list[float]) -> float | None:
+def _job(config: DictConfig, failed: list[tuple[str, str]], elsewhere: str, moments: list[float]) -> float | None:
     """Run the configured stage; an error ends the command, or in a sweep goes on the list while the rest runs: on that
     in the sweep's folder where this is a process of its own, whose status says so too.
 
@@ -127,18 +128,18 @@ def _job(config: DictConfig, failed: list[str], elsewhere: str, moments: list[fl
         message = _show(error)
         if hydra_config.mode != RunMode.MULTIRUN or world().size > 1:  # of several, the others may not have failed
             sys.exit(1)
-        line, value = f"{' '.join(options)}: {message}", math.inf
+        failure, value = (" ".join(swept(options) or options), message), math.inf
         if alone:
-            failed.append(line)
+            failed.append(failure)
         else:
             listed = Path(hydra_config.sweep.dir) / f".failed{elsewhere}"
             with listed.open("a") as stream:
-                stream.write(" ".join(line.split()) + "\n")
-            bad = PointFailed(f"not all of the sweep went well: {message}", str(listed))
+                stream.write(json.dumps(failure) + "\n")
+            bad = PointFailed("not all of the sweep went well; what failed stands below", str(listed))
     if turn is not None:
         said = turn.ends()
         if not alone:
-            print(f"{said}: {' '.join(swept(options))}", flush=True)
+            print(f"{said}: {' '.join(swept(options))}{' failed' if bad is not None else ''}", flush=True)
     if bad is not None:
         raise bad
     return value

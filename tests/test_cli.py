@@ -11,19 +11,23 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from shared import TINY_SWIN
 
 import orca_rank
 from orca_rank.__main__ import with_demo
+from orca_rank.artifacts.command import TYPED, alike, remember, runs_apart, swept
 from orca_rank.artifacts.command import command as same_command
-from orca_rank.artifacts.command import remember
 from orca_rank.build import build
 from orca_rank.errors import foreseen
-from orca_rank.stages import doctor
+from orca_rank.stages import chain, doctor
+from orca_rank.stages.chain import clashing
 from orca_rank.weights import shipped
 
 README = Path(__file__).parents[1] / "README.md"
@@ -174,6 +178,72 @@ def test_commands_of_the_documentation_compose(composed: Callable[..., DictConfi
         pytest.fail(f"the README or a page of docs/ shows an option that does not exist: {error}")
 
 
+def _sweeps() -> list[list[str]]:
+    """The options of every sweep that a page or an experiment's file shows."""
+    recipes = "\n".join(path.read_text() for path in sorted((README.parent / "conf" / "experiment").glob("*.yaml")))
+    found = re.findall(r"^# python -m orca_rank (-m [^`\n]*)$", recipes.replace(" \\\n#", ""), re.MULTILINE)
+    found = [one for line in found for one in line.split(" && ")]
+    return [o for o in shown_commands() if "-m" in o] + [shlex.split(one) for one in found]
+
+
+@pytest.mark.parametrize("options", _sweeps(), ids=" ".join)
+def test_sweeps_of_the_documentation_compose_and_keep_to_their_folders(
+    composed: Callable[..., DictConfig], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [word for word in options if "=" in word and "<" not in word and not word.startswith("hydra")]
+    overrides = OverridesParser.create().parse_overrides(words)
+    firsts = [
+        word if not one.is_discrete_sweep() else f"{one.key_or_group}={next(iter(one.sweep_string_iterator()))}"
+        for word, one in zip(words, overrides, strict=True)
+        if not one.is_sweep_override() or one.is_discrete_sweep()
+    ]
+    config = composed(*firsts)
+    monkeypatch.setenv(TYPED, shlex.join(words))
+    monkeypatch.setattr("orca_rank.artifacts.command._given", tuple(firsts))
+    if "stages" in config.stage:
+        assert runs_apart() or not clashing(swept())
+
+
+def test_a_sweep_does_not_align_one_folder_twice(
+    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def point(*typed: str, given: tuple[str, ...]) -> None:
+        monkeypatch.setenv(TYPED, shlex.join(["-m", "stage=all", *typed]))
+        remember(given)
+        chain.run(config, ["align"])
+
+    monkeypatch.setattr("orca_rank.artifacts.command._given", ())  # as it was, afterwards
+    config = composed("stage=all", *TINY_SWIN)
+    verb = SimpleNamespace(check_options=lambda config: None, run=lambda config: done.append(config))
+    monkeypatch.setattr(chain.importlib, "import_module", lambda name: verb)
+    done: list[DictConfig] = []
+    for typed, given in (
+        ("seed=0,1", "seed=1"),
+        ("data=digits,darcy", "data=darcy"),
+        ("gap.samples=8,9", "gap.samples=9"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"the sweep over {given.partition('=')[0]} asks for several.*run='<name>_"
+        ):
+            point(typed, given=(given,))
+    assert not done
+    point("rank.r=1,2", "layers.group=block,stage", given=("rank.r=2", "layers.group=stage"))
+    point("seed=0,1", "run=x_${seed}", given=("seed=1", "run=x_${seed}"))
+    point("seed=0,1", "run=x,y", given=("seed=1", "run=y"))
+    point("seed=1", given=("seed=1",))
+    assert len(done) == 4
+
+
+def test_points_that_failed_for_one_reason_stand_beside_each_other() -> None:
+    missing = "x is missing: run `python -m orca_rank rank.r={} seed={} stage=align` first"
+    points = [(f"rank.r={r} seed={s}", missing.format(r, s)) for r in (1, 2) for s in (0, 1)]
+    assert alike([*points[:2], ("rank.r=-1 seed=0", "rank.r must not be negative"), *points[2:]]) == [
+        f"rank.r=1 seed=0: {missing.format(1, 0)}",
+        "for the same reason: rank.r=1 seed=1; rank.r=2 seed=0; rank.r=2 seed=1",
+        "rank.r=-1 seed=0: rank.r must not be negative",
+    ]
+
+
 def test_the_documentation_shows_commands() -> None:
     assert len(shown_commands()) > 15
 
@@ -195,8 +265,8 @@ def test_doctor_says_what_it_finds(
     (tmp_path / "cifar10_5k.npz").touch()
     doctor.run(composed("stage=doctor", f"paths.data={tmp_path}"))
     shown = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"cifar10_5k\.npz │ yes", shown)
-    assert re.search(r"imagenet_1k\.npz │ no", shown)
+    assert "cifar10_5k.npz yes" in shown and "imagenet_1k.npz no" in shown
+    assert "…" not in shown and "piececonst_r421" in shown  # nothing is cut
     assert "writable" in shown and "swin_micro.safetensors" in shown and "Hiera" in shown
 
 

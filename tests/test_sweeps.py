@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -64,7 +65,8 @@ def test_points_beside_each_other_share_what_comes_before_the_fine_tune(tmp_path
     assert sorted(max(one.values()) for one in ranks) == [1, 2]
     assert len(list(run.glob("finetune/*/metrics.json"))) == 2
     assert not list(run.glob(".failed*")) and not list(run.glob(".ended*"))
-    assert "3 of 3 points done: rank.r=" in said and "1 of 3 points done, about " in said
+    assert re.search(r"3 of 3 points done: rank\.r=-?\d", said) and "1 of 3 points done, about " in said
+    assert re.search(r"points done.*: rank\.r=-1 failed", said) and said.count(" failed") == 1
     with open(run / "summary.csv") as stream:
         assert sorted(row["budget"] for row in csv.DictReader(stream)) == ["r=1", "r=2"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orca_rank.api.batches import gathered
-from orca_rank.api.measure import as_found, device_of
+from orca_rank.api.models import as_found, device_of
 from orca_rank.distances import objectives
 from orca_rank.measuring.classes import Labeller
 from orca_rank.training.align import AlignOptions, Decay, HeldOut, Objective, RandomTokens

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from orca_rank.api.batches import Batch, batches_of, empty
 from orca_rank.api.gaps import Gaps
+from orca_rank.api.models import as_found, called, check_alone, check_like, device_of, watched_in
 from orca_rank.distances import (
     bures_wasserstein,
     energy_distance,
@@ -23,14 +22,13 @@ from orca_rank.distances import (
     sliced_wasserstein,
 )
 from orca_rank.distances.scores import Metric
-from orca_rank.measuring.activations import collect, module_of
+from orca_rank.measuring.activations import module_of
 from orca_rank.measuring.gradients import Gradients, collect_gradients
 from orca_rank.measuring.hidden import hidden_dimensions
 from orca_rank.measuring.layers import Side, layer_gaps, take_side
 from orca_rank.measuring.layers import measurements as measure_others
 from orca_rank.measuring.matrices import adaptable_layers, matrix_of
 from orca_rank.measuring.options import GRADIENTS, GapOptions
-from orca_rank.measuring.passes import mapped
 from orca_rank.measuring.records import Gap, Layer
 
 # As conf/gap/all.yaml has them.
@@ -103,20 +101,20 @@ def measure(
     records = adaptable_layers(model, layers, qkv, option="layers")
     modules = {layer.name: module_of(layer.name, model) for layer in records}
     watched = list(dict.fromkeys(modules.values()))
-    _check_like(model, other, watched)
+    check_like(model, other, watched)
     sides = {"source": (model, source), "target": (other, target)}
     tokens = asked.tokens if asked.asks("ot_map", "activation") else 0
     with as_found(*{id(one): one for one in (model, other)}.values()):
         read = {side: _opened(data, batch_size, side) for side, (_, data) in sides.items()}
         asked.check_unlabelled([side for side, (first, _) in read.items() if first.y is None])
         for side, (first, _) in read.items():
-            _check_alone(_call(sides[side][0], side), _watched(sides[side][0], watched), first, side)
+            check_alone(called(sides[side][0], side), watched_in(sides[side][0], watched), first, side)
         found: dict[str, Side] = {}
         for side, (_, batches) in read.items():
             through = sides[side][0]
             found[side] = take_side(
-                _call(through, side),
-                _watched(through, watched),
+                called(through, side),
+                watched_in(through, watched),
                 batches,
                 samples,
                 clusters,
@@ -152,33 +150,6 @@ def layers(model: nn.Module, layers: str, *, qkv: str = "fused") -> list[Layer]:
     return adaptable_layers(model, layers, qkv, option="layers")
 
 
-@contextlib.contextmanager
-def as_found(*models: nn.Module) -> Iterator[None]:
-    """Models in evaluation mode for as long as the block runs; each module is then in the mode that it was in."""
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes.
-
-    Raises:
-        ValueError: if it has no weights yet, or they are on several devices.
-    """
-    places = {values.device for values in itertools.chain(model.parameters(), model.buffers())}
-    if torch.device("meta") in places:
-        raise ValueError("the model has weights on the meta device, which hold no numbers: load its weights first")
-    if len(places) > 1 and not hasattr(model, "hf_device_map"):
-        raise ValueError(f"the model is on several devices ({', '.join(sorted(map(str, places)))}): move it to one")
-    return next(iter(values.device for values in model.parameters()), torch.device("cpu"))
-
-
 def _options(
     metrics: Sequence[str] | Mapping[str, Metric],
     measurements: Sequence[str],
@@ -199,20 +170,6 @@ def _options(
     return asked
 
 
-def _check_like(model: nn.Module, other: nn.Module, watched: Sequence[str]) -> None:
-    theirs = dict(other.named_modules())
-    for name in watched:
-        own = matrix_of(model, name).weight.shape
-        if name not in theirs or getattr(theirs[name], "weight", torch.empty(0)).shape != own:
-            raise ValueError(f"target_model has no layer {name} of shape {tuple(own)}: it must have the model's layers")
-    for one in (model, other):
-        device_of(one)
-
-
-def _watched(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    return {name: matrix_of(model, name) for name in names}
-
-
 def _opened(data: Any, batch_size: int, side: str) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, to look at, and all batches."""
     batches = batches_of(data, batch_size, side)
@@ -222,59 +179,12 @@ def _opened(data: Any, batch_size: int, side: str) -> tuple[Batch, Iterable[Batc
     return first, itertools.chain([first], batches)
 
 
-def _call(model: nn.Module, side: str) -> Callable[[Any], Any]:
-    """The model as a function of images, in its own precision, with an error that says what it was given."""
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def fitting(values: Tensor) -> Tensor:
-        return values.to(kind) if values.is_floating_point() else values
-
-    def call(x: Any) -> Any:
-        x = mapped(x, fitting)
-        try:
-            return model(x) if isinstance(x, Tensor) else model(**x)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, AssertionError) as error:
-            given = {name: tuple(v.shape) for name, v in x.items()} if isinstance(x, dict) else tuple(x.shape)
-            raise ValueError(
-                f"the model does not take the {side} batches, x {given}: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-
-    return call
-
-
-def _check_alone(call: Callable[[Any], Any], modules: Mapping[str, nn.Module], batch: Batch, side: str) -> None:
-    """Pass a batch forwards and backwards: what reaches a layer from an image must not depend on its place.
-
-    Raises:
-        ValueError: naming a layer where it does.
-    """
-    device = next(iter(modules.values())).get_parameter("weight").device
-    x = mapped(batch.x, lambda values: values[:16])
-    pooled = [
-        collect(call, modules, [(mapped(x, turn), None)], 16, device=device)[0]
-        for turn in (lambda values: values, lambda values: values.flip(0))
-    ]
-    for name, module in modules.items():
-        forward, backward = (one[name].pooled.double() for one in pooled)  # (b, d)
-        noise = 1e3 * torch.finfo(module.get_parameter("weight").dtype).eps
-        spread = float((forward - forward.mean(0)).norm())
-        if float((forward - backward.flip(0)).norm()) > 0.1 * spread + noise * float(forward.norm()):
-            raise ValueError(
-                f"what reaches {name} from a {side} image depends on the images beside it, or is random: a layer must "
-                f"receive (images, ..., d) with the image as its first axis (as with batch_first=True), and the model "
-                f"in evaluation mode must not mix images; leave it out of layers, or measure a model that does so"
-            )
-
-
 def _hidden(model: nn.Module, target: Any, watched: Sequence[str], asked: GapOptions) -> dict[str, tuple[float, float]]:
     _check_again(target, "hidden states need")
     batches = batches_of(target, asked.batch_size or 32, "target")
     blocks = dict(model.named_modules())
     return hidden_dimensions(
-        _call(model, "target"), _watched(model, watched), blocks, batches, asked.samples, device=device_of(model)
+        called(model, "target"), watched_in(model, watched), blocks, batches, asked.samples, device=device_of(model)
     )
 
 
@@ -301,6 +211,6 @@ def _gradients(
     pairs = ((images(x), y) for x, y in batches_of(target, asked.batch_size or 32, "target"))
     modules = {name: matrix_of(model, name) for name in watched}
     return collect_gradients(
-        lambda x: x, _call(model, "target"), loss, modules, pairs, asked.samples,
+        lambda x: x, called(model, "target"), loss, modules, pairs, asked.samples,
         draws=asked.sign_draws, moments=asked.asks("whitened_gradient"), seed=seed, device=device_of(model),
     )  # fmt: skip

@@ -43,6 +43,28 @@ def swept(options: Sequence[str] | None = None) -> list[str]:
     ]
 
 
+def runs_apart() -> bool:
+    """Whether each point of the sweep has a run folder of its own, as run='x_${seed}' or run=a,b makes."""
+    return any(option.startswith("run=") and ("${" in option or option in swept()) for option in _given)
+
+
+def alike(failures: Sequence[tuple[str, str]]) -> list[str]:
+    """A sweep's failures, (point, message), in lines: a message once, with the points that failed so beside the first.
+
+    Messages are alike that differ in nothing but the options that make the point, as the command that mends it does.
+    """
+    kinds: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for point, message in failures:
+        own = point.split()
+        kinds.setdefault(tuple(word for word in message.split() if word not in own), []).append((point, message))
+    lines = []
+    for (point, message), *others in kinds.values():
+        lines.append(f"{point}: {message}")
+        if others:
+            lines.append(f"for the same reason: {'; '.join(other for other, _ in others)}")
+    return lines
+
+
 def _several(value: str) -> bool:
     """Whether Hydra sweeps over a value as it was typed: a, b or choice(a, b), range(3), but not [a, b]."""
     outside = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from orca_rank.artifacts.damaged import DamagedFile
 from orca_rank.backbone.families import FAMILIES
@@ -44,7 +45,8 @@ DATA = {
 
 def run(config: DictConfig) -> None:
     """Print versions, devices, optional packages, and which data files are where paths.data points."""
-    table = Table("what", "found", "note")
+    columns = [Column(name, overflow="fold") for name in ("what", "found", "note")]  # nothing is cut
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     table.add_row("python", sys.version.split()[0], "")
     for package in PACKAGES:
         table.add_row(package, importlib.metadata.version(package), "")
@@ -52,14 +54,14 @@ def run(config: DictConfig) -> None:
         there = _installed(module)
         table.add_row(
             module.rpartition(".")[2],
-            "yes" if there else "no",
-            "" if there else escape(f'optional: pip install "orca_rank[{extra}]"'),
+            "yes" if there else "no, optional",
+            "" if there else escape(f'pip install "orca_rank[{extra}]"'),
         )
     table.add_row(
         "backbone", config.backbone.name, weights_at_hand(OmegaConf.to_container(config.backbone, resolve=True))
     )
     names = ", ".join(family.name for family in FAMILIES.values())
-    table.add_row("backbone families", str(len(FAMILIES)), f"{names}; docs/families.md")
+    table.add_row("backbone families", str(names.count(", ") + 1), f"{names}; docs/families.md")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     table.add_row("CUDA device", cuda, "" if torch.cuda.is_available() else "everything runs on the CPU")
     table.add_row("CPU threads", str(torch.get_num_threads()), "OMP_NUM_THREADS sets them")
