@@ -23,9 +23,13 @@ import wandb  # noqa: F401
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+import orca_rank
 from orca_rank.__main__ import CONF
 from orca_rank.artifacts.command import TYPED
 
+# Commands that a test starts elsewhere are those of the package that it tests, also where another copy is installed.
+_places = [str(Path(orca_rank.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _places))
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 

@@ -35,6 +35,8 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
         if first() or stage in TOGETHER:
             verb.run(config)
         barrier()  # what one stage wrote the next one reads
+    if swept():  # the next points are the next commands
+        return
     other = "uniform" if "uniform" not in str(config.rank["_target_"]) else "proportional"
     console.print(
         f"\nnext: another rule at the same budget, and its place in the report:\n"

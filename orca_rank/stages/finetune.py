@@ -45,6 +45,7 @@ from orca_rank.stages.trainable import (
     METHODS,
     TAKEN,
     count_parameters,
+    in_words,
     rebuilt,
 )
 from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
@@ -164,7 +165,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         console.print(
             f"{config.adapter.name}: {count} of {len(plan.ranks)} layers adapted, rule {plan.rule or 'given'}"
         )
-    console.print(f"trainable parameters: {counts['trainable_parameters']}")
+    console.print(in_words(counts))
 
     inputs = input_hashes(folder, _inputs(config, plan, adapter))
     made_of = {**inputs, "backbone": weights}

@@ -21,7 +21,7 @@ from orca_rank.stages.layer_table import plan_tables
 from orca_rank.stages.planning import budget_of, gap_options, layers_of, make_plan
 from orca_rank.stages.setup import bare_layers, bare_model, check_model, outline, stage_folder
 from orca_rank.stages.tracking import show
-from orca_rank.stages.trainable import adapter_module, count_parameters, make_trainable, rebuilt
+from orca_rank.stages.trainable import adapter_module, count_parameters, in_words, make_trainable, rebuilt
 from orca_rank.tracking.pages import plan_page
 
 console = Console(markup=False)
@@ -146,6 +146,4 @@ def _print(
 ) -> None:
     for table in plan_tables(layers, chosen, others, console.width):
         console.print(table)
-    trained = counts["trainable_parameters"]
-    parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
-    console.print(f"trainable: {trained['total']:,} of {counts['total_parameters']:,} parameters ({parts})")
+    console.print(in_words(counts))

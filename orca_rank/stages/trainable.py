@@ -132,6 +132,13 @@ def count_parameters(model: OrcaModel, adapters: bool, beside: nn.Module | None 
     }
 
 
+def in_words(counts: Mapping[str, Any]) -> str:
+    """What `count_parameters` found, as stages print it."""
+    trained = counts["trainable_parameters"]
+    parts = ", ".join(f"{name} {trained[name]:,}" for name in ("adapter", "embedder", "predictor", "other"))
+    return f"trainable: {trained['total']:,} of {counts['total_parameters']:,} parameters ({parts})"
+
+
 def audit(model: OrcaModel, embedder: Mapping[str, Any], frozen_on_purpose: bool) -> None:
     """Stop before training when a freshly initialised module is frozen: every rank would look equally bad.
 

@@ -153,12 +153,17 @@ def trainer_for(
     Args:
         job: what the logger is told of the stage, see `stages.tracking`.
     """
-    from orca_rank.training.forecast import Forecast  # here, because lightning takes seconds
+    from lightning.pytorch.callbacks import ProgressBar  # here, because lightning takes seconds
+
+    from orca_rank.training.bar import Bar
+    from orca_rank.training.forecast import Forecast
+
+    wanted = trainer.get("enable_progress_bar", True) and not any(isinstance(one, ProgressBar) for one in callbacks)
 
     built = build(
         trainer,
         default_root_dir=str(folder),
-        callbacks=[*callbacks, Forecast()],
+        callbacks=[*callbacks, *([Bar()] if wanted else []), Forecast()],
         logger=logger_for(logger, folder, job) if logger else False,
         **options,
         **_several(trainer),
