@@ -28,6 +28,7 @@ EXTRAS = {  # module that tells whether an extra of pyproject.toml is installed 
     "bitsandbytes": "qlora",
     "hydra_plugins.hydra_joblib_launcher": "joblib",
     "hydra_plugins.hydra_submitit_launcher": "slurm",
+    "hydra_plugins.hydra_ray_launcher": "ray",
     "hydra_plugins.hydra_optuna_sweeper": "optuna",
     "wandb_workspaces": "dashboard",
     "tensorboard": "tensorboard",
