@@ -61,13 +61,15 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def finetune(config: DictConfig) -> None:
         name = str(config.finetune.tag)
-        _, rule, rank, seed = name.split("-")[:4]
+        _, rule, rank, seed = ["nested", "matryoshka", "r2", "s0"] if name == "nested" else name.split("-")[:4]
         r, s = int(rank[1:]), int(seed[1:]) % 1000
         error = (
             (0.10 - 0.01 * r) * (1.05 if rule == "shuffled" else 1.0) * (1 + 0.001 * s + 0.0003 * (s * len(rule) % 3))
         )
         if "update" in config.rank:
             assert Path(config.rank["update"]).exists()
+        if "losses" in config.rank:
+            assert Path(config.rank["losses"]).exists()
         folder = Path(config.paths.runs) / config.run / "finetune" / name
         payload = {"metric": "error", "val/error": error, "test/error": error, "seconds": 1.0}
         write_json(folder / "metrics.json", {**payload, "trainable_parameters": {"total": 100 * r}}, config={})
@@ -80,8 +82,14 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         record = {"name": "blocks.0", "d_in": 8, "d_out": 8, "gap": {"mmd": {"value": 0.5, "low": 0.4, "high": 0.6}}}
         write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": [record]})
 
+    def held_out(config: DictConfig) -> None:
+        folder = Path(config.paths.runs) / config.run / "finetune" / config.finetune.tag
+        assert (folder / "metrics.json").exists()
+        (folder / "rank_losses.safetensors").touch()
+
     monkeypatch.setattr("orca_rank.stages.finetune.run", finetune)
     monkeypatch.setattr("orca_rank.stages.measure.run", measured)
+    monkeypatch.setattr("orca_rank.stages.rank_losses.run", held_out)
     return ran
 
 
@@ -113,6 +121,37 @@ def test_the_stage_asks_for_every_point_once_and_says_what_they_support(
     assert "shuffled beats uniform" in (folder / "README.md").read_text() and (folder / "rank_curve.png").exists()
     with pytest.raises(ValueError, match=r"other options.*epochs"):
         evidence.run(composed(*TINY, "evidence.seeds=3", "finetune.epochs=2"))
+
+
+NESTED = ("+rank@evidence.rules.held_out=posterior", "+adapter@evidence.nested=matryoshka")
+
+
+def test_one_nested_fine_tune_lends_its_held_out_losses(
+    composed: Callable[..., DictConfig], made_up: list[str]
+) -> None:
+    config = composed(*TINY, *NESTED)
+    evidence.run(config)
+    assert made_up.count("nested") == 1
+    found = rows(Path(config.paths.runs) / config.run / "evidence")
+    assert len(found) == len(made_up) - 1  # it is no row itself
+    assert sum(row["rule"] == "held_out" for row in found) == 2
+    with pytest.raises(ValueError, match=r"other options.*nested\.module\.r_min"):
+        evidence.run(composed(*TINY, *NESTED, "evidence.nested.module.r_min=2"))
+
+
+@pytest.mark.parametrize(
+    ("nested", "said"),
+    [
+        ((), r"rule held_out: .*\+adapter@evidence\.nested=matryoshka"),
+        (("+adapter@evidence.nested=lora",), "name=lora"),
+    ],
+)
+def test_held_out_losses_are_those_of_a_nested_adapter(
+    composed: Callable[..., DictConfig], made_up: list[str], nested: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        evidence.run(composed(*TINY, NESTED[0], *nested))
+    assert not made_up
 
 
 def test_processes_share_the_points(
@@ -158,15 +197,16 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
 ) -> None:
     # Whether rank matters on two dozen digits is chance: here it always does, so that rules are compared.
     monkeypatch.setattr("orca_rank.evidence.protocol.Gate.matters", property(lambda gate: True))
-    first = composed(*TINY, "evidence.most_points=5")
+    options = (*TINY, *NESTED, "evidence.rules.held_out.tempering=1")
+    first = composed(*options, "evidence.most_points=5")
     folder = Path(first.paths.runs) / first.run / "evidence"
     evidence.run(first)
     assert len(rows(folder)) == 5
-    config = composed(*TINY)
+    config = composed(*options)
     evidence.run(config)
     found = rows(folder)
-    # rates of the frozen body, two ranks and full; a curve of 4 × 2; uniform, two permutations and trained × 2 seeds
-    assert len(found) == 4 * 2 + 4 * 2 + 4 * 2
+    # rates of the frozen body, two ranks and full; a curve of 4 × 2; uniform, two permutations, trained and held_out
+    assert len(found) == 4 * 2 + 4 * 2 + 5 * 2
     assert {"task", "rule", "budget", "seed", "val", "test"} <= set(found[0])
     for name in ("finetune", "measure"):  # rows without their fine-tunes go on too
         shutil.rmtree(folder / "digits" / name)
@@ -185,7 +225,7 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
     parameters = {row["rule"]: int(row["parameters"]) for row in found if row["part"] == "rules"}
     assert parameters["uniform"] >= max(parameters["shuffled"], parameters["trained"])
     with pytest.raises(ValueError, match=r"other options.*epochs"):
-        evidence.run(composed(*TINY, "finetune.epochs=2"))
+        evidence.run(composed(*options, "finetune.epochs=2"))
 
 
 def test_a_scale_that_follows_the_rank_is_refused(composed: Callable[..., DictConfig]) -> None:

@@ -15,17 +15,11 @@ from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import read_json, write_csv, write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import differences, select
-from orca_rank.evidence.points import FROZEN, UNIFORM, Point, Row
+from orca_rank.evidence.points import Point, Row
 from orca_rank.evidence.protocol import Protocol, most, pending
-from orca_rank.stages import align, finetune, measure
-from orca_rank.stages.evidence_points import (
-    check_arms,
-    check_rules,
-    configured,
-    cost_of_one_rank,
-    for_task,
-    task_options,
-)
+from orca_rank.stages import align, finetune
+from orca_rank.stages.evidence_donors import is_donor, make_read
+from orca_rank.stages.evidence_points import check_arms, check_rules, configured, cost_of_one_rank, task_options
 from orca_rank.stages.evidence_words import announce, conclude, gaps_of
 from orca_rank.stages.setup import stage_folder
 from orca_rank.stages.tracking import show
@@ -83,7 +77,7 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
                 console.print(f"{len(rows)} done{time_left}: {point.task} {point.name}", soft_wrap=True)
                 if point.rule in protocol.rules:
                     with locked(_at_work(folder, point.task, "measure"), wait=True):
-                        _measured(config, folder, point.task, costs[point.task], protocol, rows)
+                        make_read(config, folder, point.task, costs[point.task], protocol, rows)
                 _run_point(config, folder, point, costs[point.task], protocol)
                 own += 1
                 with locked(folder, wait=True):
@@ -92,7 +86,7 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
     if allowed and protocol.gate and len(protocol.tasks) > 1:  # the gaps of tasks that no rule was compared on
         for task in set(protocol.tasks) - gaps_of(folder, protocol, str(config.evidence.metric)).keys():
             with locked(_at_work(folder, task, "measure"), wait=True):
-                _measured(config, folder, task, costs[task], protocol, rows, rules=False)
+                make_read(config, folder, task, costs[task], protocol, rows, rules=False)
 
 
 @contextlib.contextmanager
@@ -196,7 +190,7 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[
 
 
 def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> None:
-    run = configured(config, folder, point, cost, keep_update=_is_donor(protocol, point))
+    run = configured(config, folder, point, cost, keep_update=is_donor(protocol, point))
     if run.embedder.aligned:
         align.run(run)
     finetune.run(run)
@@ -211,31 +205,6 @@ def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protoc
     )
     options = task_options(config, point.task, point.rule)
     write_json(_row_of(folder, point), {"row": row.to_dict()}, config=options)
-
-
-def _is_donor(protocol: Protocol, point: Point) -> bool:
-    """Whether rank=trained reads what this point learns: the first run of the curve's largest uniform rank."""
-    return (point.part, point.rule, point.rank, point.seed) == ("gate", UNIFORM, max(protocol.gate, default=0), 0)
-
-
-def _measured(
-    config: DictConfig, folder: Path, task: str, cost: int, protocol: Protocol, rows: Sequence[Row], rules: bool = True
-) -> None:
-    """What the rules read, once a task: the update that the largest uniform rank learned, and gaps and spectra with the
-    predictor of the frozen body's first run (through a random predictor gradients see noise).
-
-    Rows may have come without their fine-tunes, as those of the repository do: the two are then run again. Without
-    rules the gaps alone are wanted, and the update is not.
-    """
-    gate = [row.point for row in rows if (row.part, row.task, row.seed) == ("gate", task, 0)]
-    frozen = next(point for point in gate if point.rule == FROZEN)
-    donors = [point for point in gate if rules and _is_donor(protocol, point)]
-    for point, result in ((frozen, "metrics.json"), *((donor, "update.safetensors") for donor in donors)):
-        if not (folder / task / "finetune" / point.name / result).exists():
-            finetune.run(configured(config, folder, point, cost, keep_update=point in donors))
-    if not (folder / task / "measure" / "layers.json").exists():
-        fitted = folder / task / "finetune" / frozen.name
-        measure.run(for_task(config, folder, task, {"measure": {"fitted": str(fitted)}}))
 
 
 def _collect(folder: Path, rows: Sequence[Row]) -> None:

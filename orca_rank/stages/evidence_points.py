@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from orca_rank.adapters import DyLoRA
 from orca_rank.artifacts.provenance import plain, select
 from orca_rank.build import build
 from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point
@@ -21,7 +23,8 @@ from orca_rank.stages.setup import bare_model, outline
 # What every fine-tune of a task has in common; what a point chooses itself is not among it.
 SECTIONS = ("data", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer")
 MERGED = ("finetune", "embedder", "layers")  # no groups: what a task or arm does not name of them stays
-TRAINED = "orca_rank.ranks.trained"
+TRAINED, POSTERIOR = "orca_rank.ranks.trained", "orca_rank.ranks.posterior"
+NESTED = "nested"  # the fine-tune whose held-out losses rank=posterior reads
 OF_SOURCE = ("source", "gap")  # what measuring, aligning and pretraining read beside that
 
 
@@ -53,7 +56,14 @@ def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
     options = select(own, *SECTIONS, *(OF_SOURCE if on_source else ()))
     for section in {"data", "source"} & options.keys():  # where files lie on this machine is nobody else's business
         options[section] = {name: value for name, value in options[section].items() if name not in ("root", "cache")}
+    if reads_losses(config, rule):
+        options["nested"] = plain(config.evidence.nested)
     return {**options, "rule": plain(named.get(rule))}
+
+
+def reads_losses(config: DictConfig, rule: str) -> bool:
+    """Whether this is a rule that reads the held-out losses of a nested adapter."""
+    return rule in config.evidence.rules and config.evidence.rules[rule]["_target_"] == POSTERIOR
 
 
 def cost_of_one_rank(config: DictConfig, task: str) -> int:
@@ -75,14 +85,23 @@ def check_rules(config: DictConfig, folder: Path, protocol: Protocol, costs: Map
     for task in protocol.tasks:
         for rule in protocol.rules:
             try:
-                if plain(config.evidence.rules[rule])["_target_"] == TRAINED:  # its update is learned on the way
+                if config.evidence.rules[rule]["_target_"] in (TRAINED, POSTERIOR):  # what they read is learned first
                     measure.check_options(for_task(config, folder, task, {}))
+                    if reads_losses(config, rule):
+                        _check_nested(config, folder, protocol, task, costs[task])
                 else:
                     for rank in protocol.budgets:
                         point = Point("rules", task, rule, rank, 0, 0, 1.0, 1.0)
                         measure.check_options(configured(config, folder, point, costs[task]))
             except ValueError as error:
                 raise ValueError(f"evidence.tasks.{task}, rule {rule}: {error}") from error
+
+
+def _check_nested(config: DictConfig, folder: Path, protocol: Protocol, task: str, cost: int) -> None:
+    own = nested_config(config, folder, Point("gate", task, UNIFORM, max(protocol.gate), 0, 0, 1.0, 1.0), cost)
+    module = build(own.adapter.module) if own.adapter.method == "inject" else None
+    if not (isinstance(module, partial) and isinstance(module.func, type) and issubclass(module.func, DyLoRA)):
+        raise ValueError(f"evidence.nested.name={own.adapter.name}: expected an adapter of nested ranks, as dylora")
 
 
 def check_arms(config: DictConfig, folder: Path, protocol: Protocol, costs: Mapping[str, int]) -> None:
@@ -136,21 +155,44 @@ def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_u
     if node["_target_"] == TRAINED:
         (donor,) = (folder / point.task / "finetune").glob(f"gate-uniform-r{max(config.evidence.gate)}-s0-*")
         node["update"] = str(donor / "update.safetensors")
+    if node["_target_"] == POSTERIOR:
+        node["losses"] = str(folder / point.task / "finetune" / NESTED / "rank_losses.safetensors")
     own.rank = node
     least = int(config.evidence.r_min.get(point.rule, 0))
     own.budget = {"mean_rank": None, "total_rank": None, "parameters": cost * point.rank, "r_min": least, "r_max": None}
     return own
 
 
+def nested_config(config: DictConfig, folder: Path, point: Point, cost: int) -> DictConfig:
+    """The config of the nested adapter whose held-out losses a rule reads: of a uniform point's rank and rates.
+
+    Raises:
+        ValueError: if the options name no such adapter.
+    """
+    if config.evidence.nested is None:
+        raise ValueError(
+            "it reads the held-out losses of a nested adapter: choose one with +adapter@evidence.nested=matryoshka"
+        )
+    own = configured(config, folder, point, cost)
+    own.adapter, own.finetune.tag = copy.deepcopy(config.evidence.nested), NESTED
+    _keep_scaling(config, own)
+    return own
+
+
+def _keep_scaling(config: DictConfig, own: DictConfig) -> None:
+    """Adapters that have the option keep the run's scaling."""
+    if "scaling" in (own.adapter.get("module") or {}):
+        own.adapter.module.merge_with({name: config.adapter.module[name] for name in ("scaling", "alpha")})
+
+
 def _arm(config: DictConfig, own: DictConfig, point: Point) -> DictConfig:
     """A task's config with an arm's groups taken over; uniform ranks unless it names others.
 
-    Adapters that have the option keep the run's scaling. An arm that aligns has run folders of its own, one a seed.
+    An arm that aligns has run folders of its own, one a seed.
     """
     own.rank = {"_target_": "orca_rank.ranks.uniform", "_partial_": True, "r": point.rank}
     _take(own, config.evidence.arms[point.rule])
-    if "scaling" in (own.adapter.get("module") or {}):
-        own.adapter.module.merge_with({name: config.adapter.module[name] for name in ("scaling", "alpha")})
+    _keep_scaling(config, own)
     if own.embedder.aligned:
         own.run = f"{point.task}-{point.rule}-s{point.seed}"
     return own
