@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
 from orca_rank.evidence.curves import grows_with_gap, ranks_matter, recommended
 from orca_rank.evidence.points import Point, Row
@@ -291,6 +292,44 @@ def test_the_recommendation_is_the_smallest_rank_that_does() -> None:
     assert text.startswith("far: rank matters") and "rank.r=16" in text and "17,000 trained" in text
     flat = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
     assert "hardly matters" in recommended(PROTOCOL, flat, "far") and "rank.r=1 " in recommended(PROTOCOL, flat, "far")
+
+
+@pytest.mark.parametrize(
+    ("of_seed", "of_permutation", "of_run"), [(0.0, 0.0, 2.0), (1.5, 0.7, 2.0), (0.0, 1.0, 1.0), (2.0, 0.0, 0.1)]
+)
+def test_errors_of_verdicts_are_as_rare_as_they_say(of_seed: float, of_permutation: float, of_run: float) -> None:
+    """Of 2,000 tables without a difference five per cent or fewer are called different, and of as many whose difference
+    is the margin itself five per cent or fewer equivalent (four standard deviations of chance allowed)."""
+    draw = np.random.default_rng(0)
+    effects = [
+        of_seed * draw.normal(size=(8, 1)) + of_permutation * draw.normal(size=4) + of_run * draw.normal(size=(8, 4))
+        for _ in range(2000)
+    ]
+    for found in ([crossed(x).p for x in effects], [crossed(2.0 + x).p_outside(2.0) for x in effects]):
+        assert np.mean(np.array(found) < 0.05) < 0.05 + 4 * (0.05 * 0.95 / 2000) ** 0.5
+
+
+def test_a_rule_at_its_own_rate_and_those_whose_own_rate_is_uniforms() -> None:
+    """proportional does best at 1e-2, where it is 8 % better than uniform; at uniform's rate it is worse."""
+
+    def rated(point: Point) -> float:
+        moved = point.rule == "proportional"
+        own = replace(point, lr=point.lr * 0.3 if moved else point.lr)
+        return world(own, effect=-0.08)
+
+    protocol = replace(PROTOCOL, tasks=("far",), own_rates=2, permuted=())
+    rows = run_all(protocol, rated)
+    # the other two rules' own rate is uniform's; the edge of proportional's grid won once
+    assert len(rows) == most(protocol) - 2 * protocol.seeds + 1
+    assert {(row.rule, row.lr) for row in rows if row.part == "own_rates"} == {("proportional", 1e-2)}
+    verdicts = {claim.claim: claim for claim in claims(protocol, rows, {})}
+    own = [name for name in verdicts if "at its own learning rate" in name]
+    assert [name.split()[0] for name in own] == ["proportional", "shuffled", "inverse"]
+    assert verdicts[own[0]].verdict == "supported"
+    assert verdicts["proportional beats uniform at the parameters of r = 2, on far"].verdict != "supported"
+    for name in own[1:]:
+        shared = verdicts[name.replace(", each rule at its own learning rate", "")]
+        assert (verdicts[name].estimate, verdicts[name].runs) == (shared.estimate, shared.runs)
 
 
 # arms: other adapters, other alignments
