@@ -13,11 +13,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from orca_rank import adapters
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
-from orca_rank.backbone import OrcaModel
 from orca_rank.build import build, targets
 from orca_rank.data.module import InMemory
 from orca_rank.data.shares import share
@@ -50,13 +48,14 @@ from orca_rank.stages.trainable import (
 )
 from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
 from orca_rank.stages.updates import update_of
-from orca_rank.task import Task
+from orca_rank.stages.written import write_model
 from orca_rank.tracking.pages import finetune_page
 from orca_rank.training.average import Average
 from orca_rank.training.compiled import Trial, compiled
 from orca_rank.training.curve import Curve, Rates
 from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
+from orca_rank.training.prefix import FrozenPrefix
 
 console = Console(markup=False)
 RESULTS = (
@@ -181,6 +180,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     ours: list[Callback] = [] if average is None else [average]
     if options.compile is not None:
         ours.append(Trial(task.input_shape, options.compile))
+    elif isinstance(data, InMemory) and data.parts.augment is None and curriculum is None and options.cache:
+        ours.append(FrozenPrefix([partial(data.loader, "train"), data.val_dataloader], options.cache, console.print))
     trainer = trainer_for(
         config.trainer,
         config.logger,
@@ -223,7 +224,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         if torch.cuda.is_available():
             payload["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if first():
-            _write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
+            write_model(folder, model, plan, task, data.statistics if isinstance(data, InMemory) else {})
             if update is not None:
                 write_tensors(folder / "update.safetensors", update())
             # Last of all: its presence means done.
@@ -232,29 +233,6 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
         show_in(trainer, lambda: finetune_page(folder, layers, predictions_of(folder, task, data, targets(config))))
     name = f"test/{task.metric_name}"
     console.print(f"{name} {tested[name]:.4f} ({task.metric_unit}); written to {folder}", soft_wrap=True)
-
-
-def _write_model(
-    folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task, statistics: Mapping[str, Tensor]
-) -> None:
-    """The plan used, the adapter in PEFT's layout where it has one, and everything that was trained in our own, with
-    what outputs and inputs are normalised by."""
-    tensors = trained_tensors(model)
-    tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
-    if plan is not None:
-        scales = {name: adapter.scale for name, adapter in adapters.adapters(model.body).items()}
-        found = adapters.adapters(model.body)
-        moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
-        ended = {"ranks_at_the_end": moved} if moved else {}
-        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
-        try:
-            adapters.save_peft(model.body, folder / "adapter")
-        except adapters.NotExpressible as error:
-            console.print(f"no adapter/ in PEFT's layout: {error}")
-    if task.normaliser is not None:
-        tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
-    tensors |= {f"inputs.{name}": value for name, value in statistics.items()}
-    write_tensors(folder / "model.safetensors", tensors)
 
 
 def _source(config: DictConfig) -> Path | None:

@@ -49,6 +49,7 @@ class FinetuneOptions:
     keep_update: bool = False
     ema: float | None = None
     compile: str | None = None
+    cache: float = 1.0
     curriculum: PareOptions | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class FinetuneOptions:
         flag("finetune.keep_update", self.keep_update)
         number("finetune.ema", self.ema, above=0, below=1, null=True)
         check_backend(self.compile)
+        number("finetune.cache", self.cache, least=0)
 
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""

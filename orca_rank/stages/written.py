@@ -1,0 +1,41 @@
+"""What a fine-tune leaves of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from orca_rank import adapters
+from orca_rank.artifacts.files import write_json, write_tensors
+from orca_rank.backbone import OrcaModel
+from orca_rank.ranks import RankPlan
+from orca_rank.task import Task
+from orca_rank.training.finetune import trained_tensors
+
+console = Console(markup=False)
+
+
+def write_model(
+    folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task, statistics: Mapping[str, Tensor]
+) -> None:
+    """The plan used, the adapter in PEFT's layout where it has one, and everything that was trained in our own, with
+    what outputs and inputs are normalised by."""
+    tensors = trained_tensors(model)
+    tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
+    if plan is not None:
+        scales = {name: adapter.scale for name, adapter in adapters.adapters(model.body).items()}
+        found = adapters.adapters(model.body)
+        moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
+        ended = {"ranks_at_the_end": moved} if moved else {}
+        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
+        try:
+            adapters.save_peft(model.body, folder / "adapter")
+        except adapters.NotExpressible as error:
+            console.print(f"no adapter/ in PEFT's layout: {error}")
+    if task.normaliser is not None:
+        tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
+    tensors |= {f"inputs.{name}": value for name, value in statistics.items()}
+    write_tensors(folder / "model.safetensors", tensors)
