@@ -116,7 +116,7 @@ def dies(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         with monkeypatch.context() as patch:
             patch.setattr(finetune.FineTune, "training_step", failing)
             if epoch is None:
-                patch.setattr(finetune, "_write_model", cut)
+                patch.setattr(finetune, "write_model", cut)
             with pytest.raises(PowerCut):
                 finetune.run(config)
 
@@ -180,6 +180,18 @@ def test_averaged_weights_are_gone_on_with(
     broken = composed(*options, "run=broken")
     dies(broken, 2)
     finetune.run(broken)
+    assert same(broken, uninterrupted(*options))
+
+
+def test_what_frozen_stages_give_is_the_same_after_an_interruption(
+    composed: Compose, uninterrupted: Callable[..., Results], dies: Callable[..., None], capsys: pytest.CaptureFixture
+) -> None:
+    frozen = ("embedder.train=false", "embedder.init=pretrained", "+backbone.options.drop_path_rate=0")
+    options = (*TINY, *frozen, "layers.target='^layers.1.*(qkv|fc1)$'")
+    broken = composed(*options, "run=broken")
+    dies(broken, 2)
+    finetune.run(broken)
+    assert "1 of 2 stages are frozen" in capsys.readouterr().out
     assert same(broken, uninterrupted(*options))
 
 
