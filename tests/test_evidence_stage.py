@@ -231,6 +231,18 @@ def test_it_goes_on_where_it_stopped_and_ends_with_verdicts(
 def test_a_scale_that_follows_the_rank_is_refused(composed: Callable[..., DictConfig]) -> None:
     with pytest.raises(ValueError, match="scaling=constant"):
         evidence.run(composed(*TINY, "adapter.module.scaling=lora"))
+    with pytest.raises(ValueError, match=r"received adapter=full .*set adapter=lora"):
+        evidence.run(composed(*[option for option in TINY if "adapter.module" not in option], "adapter=full"))
+
+
+def test_a_scale_of_the_root_is_a_check_and_says_so(composed: Callable[..., DictConfig], made_up: list[str]) -> None:
+    config = composed(*TINY, "adapter.module.scaling=rslora")
+    evidence.run(config)
+    folder = Path(config.paths.runs) / config.run / "evidence"
+    assert "a check of the verdicts at one scale" in (folder / "README.md").read_text()
+    assert json.loads((folder / "claims.json").read_text())["recommended"][0].startswith("Scale α/√r")
+    with pytest.raises(ValueError, match=r"other options.*scaling"):
+        evidence.run(composed(*TINY))
 
 
 @pytest.mark.slow

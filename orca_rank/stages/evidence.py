@@ -20,7 +20,7 @@ from orca_rank.evidence.protocol import Protocol, most, pending
 from orca_rank.stages import align, finetune
 from orca_rank.stages.evidence_donors import is_donor, make_read
 from orca_rank.stages.evidence_points import check_arms, check_rules, configured, cost_of_one_rank, task_options
-from orca_rank.stages.evidence_words import announce, conclude, gaps_of
+from orca_rank.stages.evidence_words import CHECK, announce, conclude, gaps_of
 from orca_rank.stages.setup import stage_folder
 from orca_rank.stages.tracking import show
 from orca_rank.tracking.pages import evidence_page
@@ -41,11 +41,12 @@ def run(config: DictConfig) -> None:
         ValueError: an option out of range, adapters whose scale depends on their rank, or rows of other options.
     """
     protocol = protocol_of(config.evidence)
-    if config.adapter.module.get("scaling") != "constant":
+    scaling = (config.adapter.get("module") or {}).get("scaling")
+    if scaling not in ("constant", "rslora"):
         raise ValueError(
-            f"stage=evidence compares plans at one scale, received adapter.module.scaling="
-            f"{config.adapter.module.get('scaling')}: under α/r a plan also gives every layer its own learning rate; "
-            f"set adapter.module.scaling=constant"
+            f"stage=evidence compares plans at one scale, received adapter={config.adapter.name} "
+            f"adapter.module.scaling={scaling}: under α/r a plan also gives every layer its own learning rate; set "
+            f"adapter=lora adapter.module.scaling=constant (or, as a check beside it, rslora)"
         )
     folder = stage_folder(config, "evidence")
     announce(protocol)
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> None:
     with locked(folder, wait=True):
         rows = read_rows(config, folder, protocol, known)
         _collect(folder, rows)
-        conclude(folder, protocol, rows, str(config.evidence.metric))
+        conclude(folder, protocol, rows, str(config.evidence.metric), () if scaling == "constant" else (CHECK,))
     show(config, "evidence", folder, select(config, "evidence"), lambda: evidence_page(folder.parent))
 
 

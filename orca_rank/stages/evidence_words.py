@@ -25,6 +25,10 @@ from orca_rank.stages.planning import read_layers
 
 console = Console(highlight=False, markup=False)
 SPREAD = 2.1  # per cent of the error: the paired spread over seeds in runs of this size, before this one has its own
+CHECK = (
+    "Scale α/√r (adapter.module.scaling=rslora): layers of different ranks also have different scales, so this is a "
+    "check of the verdicts at one scale and none of its own."
+)
 
 
 def announce(protocol: Protocol) -> None:
@@ -50,10 +54,11 @@ def gaps_of(folder: Path, protocol: Protocol, metric: str) -> dict[str, float]:
     return {task: known[task] for task in protocol.tasks if task in known}
 
 
-def conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str) -> None:
+def conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str, notes: Sequence[str] = ()) -> None:
+    """Write the verdicts, and print them. `notes` are what a reader must know of all of them."""
     gaps = gaps_of(folder, protocol, metric)
     found = list(claims(protocol, rows, gaps))
-    answers = []
+    answers = [*notes]
     for task in protocol.tasks:
         try:
             rank_matters(protocol, rows, task)
