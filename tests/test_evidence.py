@@ -367,6 +367,10 @@ def test_an_arm_is_compared_with_the_first_in_per_cent_of_its_error() -> None:
             rows.append(Row("arms", "far", rule, 2, seed, 0, 3e-3, 3e-3, test, test, 1, 1.0))
     (claim,) = rules_against_uniform(rows, ["far"], 2, "arms", "lora")
     assert claim.claim == "dora beats lora at the parameters of r = 2, each at its own learning rate, on far"
+    assert claim.note == ""
+    more = [replace(row, parameters=2000 if row.rule == "dora" else 1000) for row in rows]
+    (claim,) = rules_against_uniform(more, ["far"], 2, "arms", "lora")
+    assert claim.note == "trains 2,000 parameters to 1,000"
     assert claim.verdict == "supported" and claim.estimate == pytest.approx(-10, abs=0.2)
 
 

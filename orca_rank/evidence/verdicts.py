@@ -113,9 +113,20 @@ def rules_against_uniform(
             estimate,
             differ[rule],
             outside[rule],
+            _more_or_fewer(rows, tasks, rank, rule, against) if part == "arms" else "",
         )
         for rule, estimate in known.items()
     ]
+
+
+def _more_or_fewer(rows: Sequence[Row], tasks: Sequence[str], rank: int, arm: str, against: str) -> str:
+    """What an arm trains where that is not, within two per cent, as much as the one that it is compared with."""
+    first, second = (
+        {row.task: row.parameters for row in rows if (row.part, row.rank, row.rule) == ("arms", rank, name)}
+        for name in (arm, against)
+    )
+    odd = [task for task in tasks if task in first and task in second and abs(first[task] / second[task] - 1) > 0.02]
+    return "; ".join(f"trains {first[task]:,} parameters to {second[task]:,}" for task in odd[:1])
 
 
 def gap_against_shuffled(

@@ -110,7 +110,8 @@ def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str
             continue
         figure = f"{claim.estimate:+.1f} {claim.unit}" if math.isfinite(claim.estimate) else ""
         interval = interval_text(*_ends(claim)).strip()
-        lines.append(f"| {claim.claim} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
+        note = f"; {claim.note}" if claim.note else ""
+        lines.append(f"| {claim.claim}{note} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
     seconds = sum(row.seconds for row in rows)
     ran = f"{len(rows)} fine-tunes, {seconds / 3600:.1f} hours of training."
     return "\n\n".join(["\n".join(lines), *(f"- {answer}" for answer in answers), ran]) + "\n"
