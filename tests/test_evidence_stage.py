@@ -277,19 +277,21 @@ def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictC
         evidence.run(composed(*TINY, *arms, "evidence.baseline=pissa"))
 
 
-def test_the_committed_evidence_is_gone_on_with(composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+COMMITTED = Path(__file__).parents[1] / "evidence"
+RUNS = [pytest.param(path.name, marks=() if path.name == "evidence_small" else pytest.mark.slow)
+        for path in sorted(COMMITTED.glob("evidence_*"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_committed_evidence_is_gone_on_with(composed: Callable[..., DictConfig], tmp_path: Path, run: str) -> None:
     """Its rows are of the options of today's experiment: an option that is new says what stands for its absence
     (`provenance.SINCE`)."""
-    committed = Path(__file__).parents[1] / "evidence"
-    shutil.copytree(committed, tmp_path / "runs", dirs_exist_ok=True)
-    evidence.run(composed("experiment=evidence_small", "evidence.most_points=0"))
-    evidence.run(
-        composed("experiment=evidence_small", "evidence=planted", "run=evidence_planted", "evidence.most_points=0")
-    )
-    for name in ("evidence.csv", "claims.json"):
-        for run in ("evidence_small", "evidence_planted"):
-            place = Path(run) / "evidence" / name
-            assert (tmp_path / "runs" / place).read_bytes() == (committed / place).read_bytes()
+    shutil.copytree(COMMITTED / run, tmp_path / "runs" / run)
+    name = run.removeprefix("evidence_")
+    evidence.run(composed("experiment=evidence_small", f"evidence={name}", f"run={run}", "evidence.most_points=0"))
+    for written in ("evidence.csv", "claims.json"):
+        place = Path(run) / "evidence" / written
+        assert (tmp_path / "runs" / place).read_bytes() == (COMMITTED / place).read_bytes()
 
 
 def test_what_the_rules_will_need_is_tried_before_any_fine_tune(
