@@ -14,7 +14,7 @@ from run_folders import finetune, words
 
 from orca_rank.artifacts.files import write_csv, write_json
 from orca_rank.evidence.points import Row
-from orca_rank.evidence.verdicts import MARGIN, Claim
+from orca_rank.evidence.verdicts import MARGIN, OWN, Claim
 from orca_rank.report import plots
 from orca_rank.report.claims import curve_figure, forest_figure, markdown, rank_curves, read_evidence
 from orca_rank.stages import report
@@ -84,6 +84,14 @@ def test_the_page_of_text_says_what_the_claims_say() -> None:
     assert lines[2] == "| a beats uniform; well | **supported** | -3.0 % of the error | [-4.5, -1.5] | 16 |"
     assert lines[4] == "| rank grows | **undecided** |  |  | 12 |"
     assert lines[6:] == ["- darcy: rank hardly matters.", "", "2 fine-tunes, 1.0 hours of training."]
+
+
+def test_rules_whose_own_rate_is_uniforms_are_said_in_a_sentence() -> None:
+    first, second = CLAIMS[:2]
+    own = [replace(first, claim="a beats uniform" + OWN), replace(second, claim="b beats uniform" + OWN, estimate=2.0)]
+    lines = markdown([first, second, *own], [ROW], ["darcy: rank hardly matters."]).splitlines()
+    assert sum(OWN in line for line in lines) == 1 and lines[4].startswith(f"| b beats uniform{OWN} | **undecided**")
+    assert lines[6] == "- The own best learning rate of these rules is uniform's: a."
 
 
 def test_the_readme_says_what_the_committed_evidence_says() -> None:

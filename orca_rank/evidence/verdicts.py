@@ -16,6 +16,7 @@ from orca_rank.evidence.protocol import Protocol
 
 MARGIN = 2.0  # per cent; differences within it are of no use to anybody
 LEVEL = 0.05
+OWN = ", each rule at its own learning rate"  # in the claim of a rule that was tuned alone
 PARAMETERS = "% of the parameters"  # the unit of claims about them
 
 
@@ -106,7 +107,7 @@ def rules_against_uniform(
     known = {rule: estimate for rule, estimate in found.items() if estimate is not None}
     differ = holm({rule: estimate.p for rule, estimate in known.items()})
     outside = holm({rule: estimate.p_outside(MARGIN) for rule, estimate in known.items()})
-    own = {"own_rates": ", each rule at its own learning rate", "arms": ", each at its own learning rate"}.get(part, "")
+    own = {"own_rates": OWN, "arms": ", each at its own learning rate"}.get(part, "")
     return [
         _claim(
             f"{rule} beats {against} at the parameters of r = {rank}{own}, {_where(tasks)}",

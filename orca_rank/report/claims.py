@@ -12,7 +12,7 @@ from typing import NamedTuple
 from orca_rank.artifacts.command import command
 from orca_rank.artifacts.files import read_json
 from orca_rank.evidence.points import FROZEN, FULL, Row
-from orca_rank.evidence.verdicts import MARGIN, PARAMETERS, Claim
+from orca_rank.evidence.verdicts import MARGIN, OWN, PARAMETERS, Claim
 from orca_rank.report.draw import LETTER, Panel, Picture, Scale, scale, words
 from orca_rank.report.page import Page, cell
 from orca_rank.report.values import interval_text
@@ -102,11 +102,16 @@ def evidence(page: Page, claims: Sequence[Claim], rows: Sequence[Row], answers: 
 def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str]) -> str:
     """The verdicts as a page of text beside rank_curve.png: what stands in the README.
 
-    Claims in parameters are left out: they are those in errors, in another unit; claims.json has them.
+    Claims in parameters are left out: they are those in errors, in another unit; claims.json has them. So are those of
+    rules at a learning rate of their own where it is uniform's: they are said in a sentence.
     """
     lines = ["| claim | verdict | figure | 95 % interval | fine-tunes |", "|---|---|---|---|---|"]
+    known = {claim.claim: claim.estimate for claim in claims}
+    same = [
+        claim for claim in claims if OWN in claim.claim and known.get(claim.claim.replace(OWN, "")) == claim.estimate
+    ]
     for claim in claims:
-        if claim.unit == PARAMETERS:
+        if claim.unit == PARAMETERS or claim in same:
             continue
         figure = f"{claim.estimate:+.1f} {claim.unit}" if math.isfinite(claim.estimate) else ""
         interval = interval_text(*_ends(claim)).strip()
@@ -114,6 +119,9 @@ def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str
         lines.append(f"| {claim.claim}{note} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
     seconds = sum(row.seconds for row in rows)
     ran = f"{len(rows)} fine-tunes, {seconds / 3600:.1f} hours of training."
+    if same:
+        rules = ", ".join(dict.fromkeys(claim.claim.partition(" ")[0] for claim in same))
+        answers = [f"The own best learning rate of these rules is uniform's: {rules}.", *answers]
     return "\n\n".join(["\n".join(lines), *(f"- {answer}" for answer in answers), ran]) + "\n"
 
 
