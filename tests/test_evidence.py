@@ -160,6 +160,26 @@ def test_a_grid_grows_while_its_edge_wins() -> None:
     assert best_rate(protocol, rows, "far", "frozen", 0, None) == 9e-2  # 0.01 × 3 × 3, the nearest to 0.08
 
 
+@pytest.mark.parametrize(
+    ("errors", "best"),
+    [((0.0, 0.0, 0.0), 3e-3), ((0.0, 0.0, 0.2), 3e-3), ((0.2, 0.0, 0.1), 3e-3), ((0.2, np.nan, 0.1), 1e-2)],
+)
+def test_of_rates_that_tie_the_middle_one_is_taken(errors: tuple[float, ...], best: float) -> None:
+    protocol = replace(PROTOCOL, steps=0)
+    point = Point("rates", "far", "frozen", 0, 1000, 0, 1.0, 1.0)
+    rows = [
+        answer(replace(point, lr=lr, predictor_lr=lr), error) for lr, error in zip(protocol.rates, errors, strict=True)
+    ]
+    assert best_rate(protocol, rows, "far", "frozen", 0, None) == best
+
+
+def test_a_grid_of_which_all_diverge_says_so() -> None:
+    protocol = replace(PROTOCOL, steps=0)
+    rows = [answer(replace(Point("rates", "far", "frozen", 0, 1000, 0, lr, lr)), np.inf) for lr in protocol.rates]
+    with pytest.raises(ValueError, match=r"far, frozen, rank 0 diverged: lower evidence\.rates"):
+        best_rate(protocol, rows, "far", "frozen", 0, None)
+
+
 def test_rules_are_not_compared_where_rank_does_not_matter() -> None:
     rows = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
     assert not [row for row in rows if row.part == "rules"]

@@ -214,14 +214,21 @@ def best_rate(
                 ]
             )
         means = [math.fsum(tried[lr, seed] for seed in seeds) / len(seeds) for lr in grid]
-        best = min(range(len(grid)), key=lambda place: (not math.isfinite(means[place]), means[place]))
+        best = _least(means)
         if 0 < best < len(grid) - 1 or step == protocol.steps:
             break
         grid = [_rounded(grid[0] / ratio), *grid] if best == 0 else [*grid, _rounded(grid[-1] * ratio)]
-    finite = {lr: mean for lr, mean in zip(grid, means, strict=True) if math.isfinite(mean)}
-    if not finite:
+    if not math.isfinite(means[best]):
         raise ValueError(f"every learning rate of {task}, {rule}, rank {rank} diverged: lower evidence.rates")
-    return min(finite, key=lambda lr: finite[lr])
+    return grid[best]
+
+
+def _least(means: Sequence[float]) -> int:
+    """The place of the least mean; of several that tie, as errors of few images do, the one in their middle, so that a
+    grid does not grow for a tie."""
+    least = min((mean for mean in means if math.isfinite(mean)), default=math.nan)
+    places = [place for place, mean in enumerate(means) if mean == least] or [0]
+    return places[len(places) // 2]
 
 
 @dataclass(frozen=True)
