@@ -12,7 +12,7 @@ from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
 from orca_rank.evidence.curves import grows_with_gap, ranks_matter, recommended
 from orca_rank.evidence.points import Point, Row
-from orca_rank.evidence.protocol import Protocol, best_rate, most, pending, rank_matters
+from orca_rank.evidence.protocol import Protocol, asked_for, best_rate, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
     gap_against_shuffled,
     judge,
@@ -158,6 +158,15 @@ def test_a_grid_grows_while_its_edge_wins() -> None:
             break
         rows += [answer(p, steep(p)) for p in points]
     assert best_rate(protocol, rows, "far", "frozen", 0, None) == 9e-2  # 0.01 × 3 × 3, the nearest to 0.08
+
+
+def test_rows_at_a_rate_that_is_no_longer_the_best_are_left_out() -> None:
+    rows = run_all(PROTOCOL, world)
+    assert asked_for(PROTOCOL, rows) == rows
+    old = [replace(row, lr=1e-4, test=9.0) for row in rows if row.part == "rules" and row.rule == "inverse"]
+    assert asked_for(PROTOCOL, [*rows, *old]) == rows
+    fewer = asked_for(replace(PROTOCOL, seeds=4), rows)
+    assert {row.seed for row in fewer if row.part == "rules"} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(

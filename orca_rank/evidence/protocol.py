@@ -7,6 +7,7 @@ own; what is compared runs at one rate for a task and budget.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,17 @@ def pending(protocol: Protocol, rows: Sequence[Row]) -> list[Point]:
         except Waiting as waiting:
             found += waiting.points
     return found
+
+
+def asked_for(protocol: Protocol, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the protocol as it is now; those at learning rates that are no longer the best, since a grid has
+    grown, or of seeds that it no longer has, are left out."""
+    wanted: set[Point] = set()
+    for task in protocol.tasks:
+        with contextlib.suppress(Waiting):
+            for points in _of_task(protocol, task, rows, {row.point for row in rows}):
+                wanted.update(points)
+    return [row for row in rows if row.part == "rates" or row.point in wanted]
 
 
 def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point]) -> Iterator[list[Point]]:

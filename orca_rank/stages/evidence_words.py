@@ -17,7 +17,7 @@ from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import half_width
 from orca_rank.evidence.curves import recommended
 from orca_rank.evidence.points import UNIFORM, Row
-from orca_rank.evidence.protocol import Protocol, most, rank_matters
+from orca_rank.evidence.protocol import Protocol, asked_for, most, rank_matters
 from orca_rank.evidence.verdicts import MARGIN
 from orca_rank.report.claims import markdown, rank_curves
 from orca_rank.report.plots import curve_figure, png
@@ -56,7 +56,7 @@ def gaps_of(folder: Path, protocol: Protocol, metric: str) -> dict[str, float]:
 
 def conclude(folder: Path, protocol: Protocol, rows: Sequence[Row], metric: str, notes: Sequence[str] = ()) -> None:
     """Write the verdicts, and print them. `notes` are what a reader must know of all of them."""
-    gaps = gaps_of(folder, protocol, metric)
+    rows, gaps = asked_for(protocol, rows), gaps_of(folder, protocol, metric)
     found = list(claims(protocol, rows, gaps))
     answers = [*notes]
     for task in protocol.tasks:
