@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 from run_folders import align, counts, finetune, measure, words
 from safetensors.numpy import save_file
 
+from orca_rank.artifacts import command
+from orca_rank.artifacts.provenance import key, plain
+from orca_rank.build import build
 from orca_rank.report.answer import Answer, answer
 from orca_rank.report.posterior import rank_posteriors
 from orca_rank.report.run_folder import read_run
 from orca_rank.stages import report
+from orca_rank.stages.finetune import finetune_config
+from orca_rank.stages.planning import budget_of
 
 
 @pytest.fixture
@@ -75,21 +83,131 @@ def test_both_ends_are_compared_with(run: Path) -> None:
 
 
 def test_what_is_next_follows_from_what_is_open(run: Path) -> None:
-    command = "python -m orca_rank"
+    command, spent = "python -m orca_rank", "budget.mean_rank=null budget.total_rank=null budget.parameters"
     finetune(run, "a", 0.25, seed=0)
-    assert said(run).command == f"{command} -m stage=finetune run=mine seed=0,1,2"
+    assert said(run).command == f"{command} -m stage=finetune run=mine seed=1,2"
     finetune(run, "b", 0.26, seed=1)
-    assert said(run).command == f"{command} stage=finetune run=mine rank=recommended"
+    assert said(run).command == f"{command} stage=all run=mine rank=proportional {spent}=300"
+    measure(run)
+    assert said(run).command == f"{command} stage=finetune run=mine rank=proportional {spent}=300"
     finetune(run, "c", 0.1, rule="proportional", seed=0, adapter=900)
     finetune(run, "d", 0.1, rule="proportional", seed=1, adapter=900)
-    assert said(run).command == f"{command} stage=finetune run=mine rank=uniform"
-    for seed, tag in enumerate("ef"):
-        finetune(run, tag, 0.25 + seed / 100, seed=seed, adapter=900, options={"rank": {"other": 1}})
     assert said(run).command == f"{command} -m stage=finetune run=mine adapter=linear_probe,full"
     finetune(run, "g", 0.5, options={"adapter": {"name": "full", "method": "full"}})
-    assert said(run).command == f"{command} stage=predict run=mine"
+    for seed, tag in enumerate("ef"):
+        finetune(run, tag, 0.25 + seed / 100, seed=seed, adapter=900, options={"rank": {"other": 1}})
+    assert said(run).command == f"{command} stage=predict run=mine finetune.tag=c"
     finetune(run, "d", 0.249, rule="proportional", seed=1, adapter=900)
     assert said(run).next.startswith("take uniform ranks, which need no measurement, or add seeds")
+    assert said(run).command == " && ".join([f"{command} -m stage=finetune run=mine seed=2,3"] * 2)
+
+
+def test_without_uniform_ranks_beside_them_these_are_next_and_a_use_in_the_end(run: Path) -> None:
+    for seed, tag in enumerate("ab"):
+        finetune(run, tag, 0.1, rule="proportional", seed=seed)
+    assert said(run).command.startswith("python -m orca_rank stage=finetune run=mine rank=uniform ")
+    for seed, tag in enumerate("cd"):
+        finetune(run, tag, 0.25, seed=seed)
+    finetune(run, "e", 0.5, options={"adapter": {"name": "full", "method": "full"}})
+    assert said(run).command == "python -m orca_rank stage=predict run=mine finetune.tag=a"
+    for file in ("predict/a.npz", "finetune/a/adapter/adapter_config.json", "plan/plan.json"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).touch()
+    (run / "plan/plan.json").unlink()
+    assert said(run).command == ""
+    counts(run)
+    assert said(run).command == "python -m orca_rank stage=export run=mine finetune.tag=a"
+
+
+def test_a_fine_tune_s_own_options_are_kept(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that its folder says it was made with, not those of the report; what would make it again is left out."""
+    given = ("experiment=darcy_table3", "rank.r=16", "stage=finetune", "run=x", "paths.data=d", "finetune.tag=mine")
+    for tag, seed in (("a", 0), ("b", 1)):
+        finetune(run, tag, 0.25, seed=seed, options={"finetune": {"tag": "mine"}, "rank": {"r": 16}})
+        monkeypatch.setattr(command, "_given", (*given, f"seed={seed}", "force=true"))
+        command.leave(run / "finetune" / tag)
+    monkeypatch.setattr(command, "_given", ("stage=report", "run=mine", "report.runs=[y]"))
+    start = "python -m orca_rank experiment=darcy_table3 paths.data=d"
+    assert said(run).command == (
+        f"{start} seed=0 stage=all run=mine finetune.tag=null rank=proportional ++rank.r=16 '~rank.r' "
+        f"budget.mean_rank=null budget.total_rank=null budget.parameters=300"
+    )
+    assert command.other_rule("proportional", given[:1], 4)[1] == "'~rank.r'"
+    assert command.other_rule("proportional", given[1:], 4)[1] == "budget.mean_rank=4"
+    (run / "finetune/b/metrics.json").unlink()
+    assert read_run(run, "run=mine").missing[-1] == (
+        "the result of the fine-tune b, started but not finished",
+        "python -m orca_rank experiment=darcy_table3 rank.r=16 paths.data=d finetune.tag=mine seed=1 stage=finetune "
+        "run=mine",
+    )
+
+
+def points(line: str) -> list[list[str]]:
+    """The options of every point of a command line that may sweep."""
+    words = [word for word in shlex.split(line)[3:] if word != "-m"]
+    parsed = OverridesParser.create().parse_overrides(words)
+    values = [list(one.sweep_string_iterator()) if one.is_sweep_override() else [None] for one in parsed]
+    found = []
+    for row in product(*values):
+        each = zip(words, parsed, row, strict=True)
+        found.append([word if value is None else f"{one.key_or_group}={value}" for word, one, value in each])
+    return found
+
+
+WORDS = (
+    "experiment=demo",
+    "experiment=darcy_table3 stage=all paths.data=elsewhere",
+    "experiment=darcy_table3 rank.r=16 stage=finetune",
+    "data=digits backbone=vit_small rank=uniform rank.r=8 finetune.tag=mine finetune.epochs=3 force=true",
+    "data=spectrograms rank=proportional budget.mean_rank=null budget.parameters=9000 adapter=dora predictor=orca",
+    "data=digits 'run=x_${seed}' adapter=linear_probe",
+)
+
+
+@pytest.mark.slow  # of composing
+@pytest.mark.parametrize("words", WORDS)
+def test_each_next_command_composes_keeps_the_options_and_is_new(
+    run: Path, composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    def tune(options: list[str]) -> None:
+        config = composed(*options)
+        sections = {**finetune_config(config)}
+        build(config.rank), budget_of(config.budget)
+        identity = (key(sections), str(sections["finetune"].pop("tag")))
+        assert identity[0] not in done, "done before"
+        kept = {name: sections[name] for name in ("data", "backbone", "predictor", "layers", "finetune")}
+        kept["data"] = {name: value for name, value in kept["data"].items() if name != "seed"}
+        assert not done or kept == first
+        first.update(kept)
+        done[identity[0]] = options
+        assert plain(config.paths.data) == paths[0]
+        rule = str(config.rank._target_).rpartition(".")[2]
+        spent = int(config.budget.parameters or 3000)
+        folder = run / "finetune" / f"t{len(done)}"
+        options = [option for option in options if not option.startswith("paths.runs=")]
+        monkeypatch.setattr(command, "_given", tuple(options))
+        command.leave(folder)
+        val = {"proportional": 0.1, "uniform": 0.2, "full": 0.4, "probe": 0.5}
+        method = str(config.adapter.method)
+        rule = rule if method == "inject" else ""
+        finetune(run, folder.name, val[rule or method] + config.seed / 100, rule=rule,
+                 seed=config.seed, adapter=spent, options=plain(OmegaConf.create(sections)))  # fmt: skip
+
+    first: dict[str, object] = {}
+    done: dict[str, list[str]] = {}
+    start = shlex.split(words)
+    paths = [composed(*start).paths.data]
+    tune(start)
+    measure(run)
+    for _ in range(8):
+        monkeypatch.setattr(command, "_given", ("stage=report", "run=mine"))
+        for line in filter(None, said(run).command.split(" && ")):
+            if "stage=predict" in line:
+                assert composed(*points(line)[0]).finetune.tag in {path.name for path in (run / "finetune").iterdir()}
+                return
+            for options in points(line):
+                tune(options)
+    pytest.fail("it never ends")
 
 
 @pytest.mark.parametrize(

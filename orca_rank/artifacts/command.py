@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 TYPED = "ORCA_RANK_TYPED"  # the command line as it was typed, also for the processes that it starts
+LEFT = "command.txt"  # in a stage's folder, the command that made it
 _given: tuple[str, ...] = ()
 _flags: tuple[str, ...] = ()
 
@@ -18,16 +21,63 @@ def remember(options: Sequence[str], flags: Sequence[str] = ()) -> None:
     _given, _flags = tuple(options), tuple(flags)
 
 
-def command(*options: str) -> str:
+def given() -> list[str]:
+    """The words of the running command, without those that start the program."""
+    return [*_flags, *_given]
+
+
+def command(*options: str, of: Sequence[str] | None = None) -> str:
     """The running command with these options (as a shell takes them) in place of its own, quoted for a shell.
 
-    `stage=measure` takes the place of whatever chose or changed the stage; `force=true` is said only where it is asked
-    for. Without a running command, as in a notebook, the options alone.
+    `stage=measure` takes the place of whatever chose or changed the stage, `rank.r=4` of that one option; `force=true`
+    is said only where it is asked for. Without a running command, as in a notebook, the options alone.
+
+    Args:
+        of: the words of another command in place of the running one's, as `left` gives them.
     """
     wanted = [word for option in options for word in shlex.split(option)]
-    replaced = {_group(option) for option in wanted} | {"force"}
-    kept = [option for option in _given if _group(option) not in replaced]
-    return shlex.join(["python", "-m", "orca_rank", *_flags, *kept, *wanted])
+    replaced = {_name(option) for option in wanted} | {"force"}
+    kept = [word for word in (given() if of is None else of) if not _said_by(word, replaced)]
+    return shlex.join(["python", "-m", "orca_rank", *kept, *wanted])
+
+
+def leave(folder: Path) -> None:
+    """Write the running command into a stage's folder as command.txt, for who looks at it or goes on from it."""
+    path = folder / LEFT
+    if _given:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(command() + "\n", encoding="utf-8")
+    else:  # a function's work: what a command left is not how it was made
+        path.unlink(missing_ok=True)
+
+
+def left(folder: Path) -> list[str]:
+    """The words of the command that made a stage's folder, without those that start the program; none if unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        return shlex.split((folder / LEFT).read_text(encoding="utf-8"))[3:]
+    return []
+
+
+def other_rule(rule: str, words: Sequence[str], r: int | None) -> list[str]:
+    """The options that choose another rank rule at the budget of a command with these words.
+
+    Args:
+        r: its rank.r, which the other rule may not have; None without one.
+    """
+    if r is None:
+        return [f"rank={rule}"]
+    typed = any(_name(word) == "rank.r" for word in words)  # goes with its rule; one of an experiment's stays
+    drop = [] if typed and not any(_name(word) == "experiment" for word in words) else ["'~rank.r'"]
+    if typed and drop:  # the experiment may have none, and what is not there cannot be dropped
+        drop.insert(0, f"++rank.r={r}")
+    dropped = [] if rule == "uniform" else drop
+    return [f"rank={rule}", *dropped, f"budget.mean_rank={r}", "budget.total_rank=null", "budget.parameters=null"]
+
+
+def sweep_of(text: str) -> str:
+    """A command line for several values at once; Hydra takes its flags first."""
+    start = "python -m orca_rank "
+    return text if text.startswith(f"{start}-m ") else text.replace(start, f"{start}-m ", 1)
 
 
 def swept(options: Sequence[str] | None = None) -> list[str]:
@@ -73,7 +123,12 @@ def _several(value: str) -> bool:
     return "," in outside or re.match(r"(choice|range|interval|glob|shuffle|sort|tag)\(", outside) is not None
 
 
-def _group(option: str) -> str:
-    """What an override is about: `rank` of rank=uniform, +rank.r=4 and ~rank; `paths.runs` of paths.runs=x."""
-    name = option.lstrip("+~").partition("=")[0]
-    return name if name.startswith("paths.") else name.partition(".")[0]
+def _name(word: str) -> str:
+    """What an override is about: `rank` of rank=uniform, `rank.r` of +rank.r=4 and ~rank.r."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def _said_by(word: str, names: Collection[str]) -> bool:
+    """Whether one of these names, or a group that has it, says anew what an override says."""
+    parts = _name(word).split(".")
+    return any(".".join(parts[:length]) in names for length in range(1, len(parts) + 1))

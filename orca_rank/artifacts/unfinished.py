@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orca_rank.artifacts.command import command
+from orca_rank.artifacts.command import command, leave
 from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic, remove_parts
 from orca_rank.artifacts.lock import LOCK, locked
@@ -37,6 +37,7 @@ def begin(
     Raises:
         ValueError: if a checkpoint of other options is there, unless `force`.
     """
+    leave(folder)
     mark = folder / MARK
     begun = _read_mark(mark)
     options = json.loads(json.dumps(plain(made_from), default=str))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from orca_rank.report.draw import words
 from orca_rank.report.layer_figures import significant
+from orca_rank.report.next_step import decided, next_step
 from orca_rank.report.page import cell
 from orca_rank.report.results import Interval, Tune
 from orca_rank.report.run_folder import RunFolder
@@ -18,7 +19,7 @@ from orca_rank.report.sections import (
     options_of,
 )
 from orca_rank.report.tables import Group, groups
-from orca_rank.report.tune_sections import ENDS, described, ends, interval_of
+from orca_rank.report.tune_sections import described, ends, interval_of
 from orca_rank.report.values import estimate_text, gaps_of, interval_text, p_note
 
 
@@ -112,16 +113,10 @@ def difference(group: Group) -> str:
     rule = f"{group.first.rule[0].upper()}{group.first.rule[1:]} ranks have {than}"
     if not math.isfinite(low):
         return f"Not known: {rule[0].lower()}{rule[1:]}, but from one seed, and how much seeds differ is not known."
-    start = ("Yes: " if mean < 0 else "No: ") if _decided(group) else "Undecided: "
-    noise = "" if _decided(group) else ", so seeds alone could make this difference"
+    start = ("Yes: " if mean < 0 else "No: ") if decided(group) else "Undecided: "
+    noise = "" if decided(group) else ", so seeds alone could make this difference"
     sure = f"95 % interval {low:+.2g} to {high:+.2g} %, {group.difference.runs} seeds"
     return f"{start}{rule[0].lower()}{rule[1:]} ({sure}){noise}."
-
-
-def _decided(group: Group) -> bool:
-    """Whether the interval of the difference to uniform ranks leaves 0 out."""
-    low, high = group.difference.interval() if group.difference is not None else (-math.inf, math.inf)
-    return low > 0 or high < 0
 
 
 def gap(run: RunFolder) -> str:
@@ -132,30 +127,3 @@ def gap(run: RunFolder) -> str:
     gaps = gaps_of(run.measured, metric)
     count = sum(significant(one) for one in gaps.values())
     return f"The {words(metric)} gap to the source has p < 0.05 in {count} of {len(gaps)} layers ({p_note(gaps)})."
-
-
-def next_step(run: RunFolder, group: Group, found: list[Group]) -> tuple[str, str]:
-    """What the numbers leave open, most important first, and the command for it."""
-    again = " (with the options that it had):"
-    rules = {one.first.rule for one in found}
-    methods = {str(one.first.option("adapter.method")) for one in found}
-    if run.stale:
-        return "some files were made from others that changed since; make them again, as the notes below say.", ""
-    if len(group.tunes) == 1:
-        return f"repeat it with other seeds{again}", _sweep(run.command("finetune", "seed=0,1,2"))
-    if group.first.rule == "uniform" and rules <= {"uniform", ""}:
-        return f"compare with ranks that follow what was measured{again}", run.command("finetune", "rank=recommended")
-    if group.first.rule not in ("", "uniform") and group.difference is None:
-        return f"compare with uniform ranks of as many parameters{again}", run.command("finetune", "rank=uniform")
-    if not methods & set(ENDS):
-        both = _sweep(run.command("finetune", "adapter=linear_probe,full"))
-        return f"train the two ends, a frozen and a free body{again}", both
-    if group.difference is not None and not _decided(group):
-        return "take uniform ranks, which need no measurement, or add seeds until the interval leaves 0 out.", ""
-    return "use it on new data:", run.command("predict")
-
-
-def _sweep(command: str) -> str:
-    """The command for several values at once; Hydra takes its flags first."""
-    start = "python -m orca_rank "
-    return command if command.startswith(f"{start}-m ") else command.replace(start, f"{start}-m ", 1)

@@ -6,10 +6,11 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orca_rank.artifacts.command import command
+from orca_rank.artifacts.command import command, left
 from orca_rank.artifacts.files import read_json
 from orca_rank.artifacts.provenance import check_inputs
 from orca_rank.ranks import RankPlan
@@ -57,9 +58,18 @@ class RunFolder:
         self.missing += other.missing
         self.stale += other.stale
 
-    def command(self, stage: str, *options: str) -> str:
-        """The command that runs a stage in this run folder."""
-        return command(f"stage={stage} {self.made_by}", *options)
+    def command(self, stage: str, *options: str, of: Path | None = None) -> str:
+        """The command that runs a stage in this run folder, with the options that made what is there.
+
+        Args:
+            of: the folder of a stage or fine-tune whose options it keeps; where none are known, those of another.
+        """
+        folders = [self.path / name for name in ("measure", "plan", "align")]
+        tunes = sorted((self.path / "finetune").glob("*"))
+        found = (left(folder) for folder in chain([] if of is None else [of], folders, tunes))
+        given = next((words for words in found if words), None)
+        ours = of is None or of.is_relative_to(self.path) or given is None
+        return command(f"stage={stage} {self.made_by if ours else ''}", *options, of=given)
 
 
 def read_run(path: Path, made_by: str) -> RunFolder:
@@ -101,9 +111,9 @@ def read_tunes(run: RunFolder) -> RunFolder:
         make = partial(
             Tune.from_dict, folder, plan=plan, curve=_curve(run, f"{name}/curve.csv", "finetune", ("epoch",))
         )
-        what = (
-            f"the result of the fine-tune {folder.name}, started but not finished (give the command the options it had)"
-        )
+        what = f"the result of the fine-tune {folder.name}, started but not finished"
+        if not left(folder):
+            what += " (give the command the options it had)"
         tune = _read(run, f"{name}/metrics.json", "finetune", what, make)
         run.tunes += [tune] if tune is not None else []
     run.tunes.sort(key=_rank)
@@ -120,15 +130,19 @@ def _rank(tune: Tune) -> tuple[str, float]:
 def _read(run: RunFolder, name: str, stage: str, what: str, make: Callable[[Mapping[str, Any]], T]) -> T | None:
     path, made = run.path / name, f"stage={stage} {run.made_by}"
     if not path.exists():
-        run.missing.append((what, run.command(stage)))
+        run.missing.append((what, run.command(stage, of=path.parent)))
         return None
     payload = read_json(path, made) if run.kept is None else run.kept.get(path, lambda: read_json(path, made))
     try:
         value = make({"config": {}, **payload})
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error.args[0]}: run `{run.command(stage, 'force=true')}`") from error
+        raise ValueError(
+            f"{path} lacks {error.args[0]}: run `{run.command(stage, 'force=true', of=path.parent)}`"
+        ) from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `{run.command(stage, 'force=true')}`") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): run `{run.command(stage, 'force=true', of=path.parent)}`"
+        ) from error
     try:
         check_inputs(path, {"inputs": payload.get("inputs", {})}, made)
     except (FileNotFoundError, ValueError) as error:
@@ -149,8 +163,12 @@ def _curve(run: RunFolder, name: str, stage: str, columns: Sequence[str]) -> Row
     try:
         rows: Rows = read() if run.kept is None else run.kept.get(path, read)
     except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error}): run `{run.command(stage, 'force=true')}`") from error
+        raise ValueError(
+            f"{path} is damaged ({error}): run `{run.command(stage, 'force=true', of=path.parent)}`"
+        ) from error
     for row in rows:
         if lacking := [column for column in columns if column not in row]:
-            raise ValueError(f"{path} lacks {', '.join(lacking)}: run `{run.command(stage, 'force=true')}`")
+            raise ValueError(
+                f"{path} lacks {', '.join(lacking)}: run `{run.command(stage, 'force=true', of=path.parent)}`"
+            )
     return rows

@@ -177,10 +177,9 @@ def _groups(tunes: tuple[Tune, ...]) -> list[Group]:
     uniform: dict[tuple[Any, ...], list[Group]] = {}
     for group in made:
         if group.first.rule == "uniform":
-            uniform.setdefault(_apart_from_ranks(group), []).append(group)
+            uniform.setdefault(apart_from_ranks(group), []).append(group)
     made = [
-        Group(group.tunes, group.values, _to_uniform(group, uniform.get(_apart_from_ranks(group), [])))
-        for group in made
+        Group(group.tunes, group.values, _to_uniform(group, uniform.get(apart_from_ranks(group), []))) for group in made
     ]
     return sorted(made, key=lambda group: group.test.mean)
 
@@ -224,7 +223,7 @@ def _to_uniform(group: Group, groups: Sequence[Group]) -> Estimate | None:
     return paired([scale * (tests[0][seed] - tests[1][seed]) for seed in seeds])
 
 
-def _apart_from_ranks(group: Group) -> tuple[Any, ...]:
+def apart_from_ranks(group: Group) -> tuple[Any, ...]:
     """What groups whose ranks may be compared have in common; thousands of them are matched by it."""
     varied = {name: value for name, value in group.values.items() if name not in ("tag", "run")}
     options = [varied[name] for name in sorted(varied) if not name.startswith(("rank.", "budget."))]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 from rich.console import Console
 
-from orca_rank.artifacts.command import command, runs_apart, swept
+from orca_rank.artifacts.command import command, given, other_rule, runs_apart, swept
 from orca_rank.processes import barrier, first
 
 # The stages that the processes of a run do together; the first process does the others while the rest waits.
@@ -38,9 +38,10 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
     if swept():  # the next points are the next commands
         return
     other = "uniform" if "uniform" not in str(config.rank["_target_"]) else "proportional"
+    chosen = other_rule(other, given(), config.rank.get("r"))
     console.print(
         f"\nnext: another rule at the same budget, and its place in the report:\n"
-        f"  {command('stage=finetune', f'rank={other}')}\n"
+        f"  {command('stage=finetune', *chosen)}\n"
         f"  {command('stage=report')}",
         soft_wrap=True,
     )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from orca_rank.artifacts.command import command
+from orca_rank.artifacts.command import command, leave
 from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
@@ -115,6 +115,7 @@ def run(config: DictConfig) -> None:
 
 
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
+    leave(folder)
     seed = int(config.seed)
     seed_everything(seed)
     nodes = _nodes(config)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from orca_rank import ranks
 from orca_rank.adapters import inject
+from orca_rank.artifacts.command import leave
 from orca_rank.artifacts.files import write_json
 from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import plain, select
@@ -99,6 +100,7 @@ def run(config: DictConfig) -> None:
     said = {name: made.get(name) for name in ("rule", "budget", "options", "measurement")}
     payload = {**counts, **said, "layers": rows, "rules": others}
     with locked(path.parent, wait=True):
+        leave(path.parent)
         write_json(path, payload, config=made_from, inputs=[measured] if measured.exists() else [])
         show(config, "plan", path.parent, made_from, lambda: plan_page(path.parent.parent))
     _print(layers, chosen, others, counts)
