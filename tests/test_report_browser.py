@@ -67,6 +67,32 @@ def test_nothing_complains_or_overflows(page: browser.Browser, address: str, wid
     assert 0 <= left[0] < left[1] < 60  # number and name stay in sight
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_what_scrolls_sideways_says_so_and_fades_until_its_end(
+    page: browser.Browser, address: str, dark: bool
+) -> None:
+    hints = """[...document.querySelectorAll(".frame, .scroll")].map(one => {
+      const style = getComputedStyle(one, "::after");
+      return [one.scrollWidth - one.clientWidth > 1, style.content.includes("scrolls sideways"),
+        getComputedStyle(one).maskImage !== "none"]; })"""
+    settled = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))"
+    for width in (390, 1280):
+        page.open(address, width, dark=dark)
+        page.value(UNFOLD)
+        page.ask("Runtime.evaluate", expression=settled, awaitPromise=True)
+        found = page.value(hints)
+        assert all(len({*one}) == 1 for one in found)
+        assert any(one[0] for one in found) or width == 1280
+    page.open(address, 390, dark=dark)
+    page.value("for (const one of document.querySelectorAll('.frame')) one.scrollLeft = 10000")
+    page.ask("Runtime.evaluate", expression=settled, awaitPromise=True)
+    ended = """[...document.querySelectorAll(".frame.wide")].map(one => getComputedStyle(one).maskImage)"""
+    assert page.value(ended) and {*page.value(ended)} == {"none"}
+    page.open(address, 794, dark=dark, media="print")
+    page.ask("Runtime.evaluate", expression=settled, awaitPromise=True)
+    assert not any(said or faded for _, said, faded in page.value(hints))
+
+
 def test_marks_say_what_they_are_and_tables_sort(page: browser.Browser, address: str) -> None:
     page.open(address, 1280)
     page.value("""document.querySelector(".chart circle[data-say]").scrollIntoView({block: "center"})""")

@@ -35,4 +35,16 @@ for (const head of document.querySelectorAll("thead th")) {
   head.addEventListener("click", () => sort(head));
   head.addEventListener("keydown", event => { if (event.key === "Enter") sort(head); });
 }
+
+// What scrolls sideways says so, and fades at the right while there is more.
+const mark = box => {
+  const hidden = box.scrollWidth - box.clientWidth;
+  box.classList.toggle("wide", hidden > 1);
+  box.classList.toggle("more", hidden - box.scrollLeft > 1);
+};
+const sizes = new ResizeObserver(entries => { for (const entry of entries) mark(entry.target); });
+for (const box of document.querySelectorAll(".frame, .scroll")) {
+  sizes.observe(box);
+  box.addEventListener("scroll", () => mark(box), { passive: true });
+}
 addEventListener("beforeprint", () => { for (const fold of document.querySelectorAll("details")) fold.open = true; });
