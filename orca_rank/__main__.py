@@ -106,6 +106,7 @@ def _job(config: DictConfig, failed: list[tuple[str, str]], elsewhere: str, mome
     """
     hydra_config = HydraConfig.get()
     options = list(hydra_config.overrides.task)
+    os.environ[TYPED] = shlex.join(_words(hydra_config))
     theirs = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
     flags = [part for path in theirs for part in ("--config-dir", path.removeprefix("file://"))]
     alone = hydra_config.mode != RunMode.MULTIRUN or hydra_config.launcher["_target_"].endswith(".BasicLauncher")
@@ -150,12 +151,18 @@ def _points(hydra_config: Any) -> int | None:
     sweeper = hydra_config.sweeper
     if not str(sweeper["_target_"]).endswith(".BasicSweeper"):
         return sweeper.get("n_trials")
-    words = [f"{name}={value}" for name, value in (sweeper.params or {}).items()]
-    # As typed: the arguments of a process that a launcher starts are its own.
-    words += [word for word in shlex.split(os.environ[TYPED]) if "=" in word and not word.startswith("-")]
+    words = [word for word in _words(hydra_config) if "=" in word and not word.startswith("-")]
     overrides = {one.key_or_group: one for one in OverridesParser.create().parse_overrides(words)}
     several = [one for one in overrides.values() if one.is_discrete_sweep()]
     return math.prod(sum(1 for _ in one.sweep_string_iterator()) for one in several)
+
+
+def _words(hydra_config: Any) -> list[str]:
+    """The command line as it was typed, which the arguments of a process that a launcher starts are not, after what
+    the config says to sweep over (hydra.sweeper.params)."""
+    typed = shlex.split(os.environ.get(TYPED, ""))
+    params = (hydra_config.sweeper.get("params") or {}) if hydra_config.mode == RunMode.MULTIRUN else {}
+    return [*(word for name, value in params.items() if (word := f"{name}={value}") not in typed), *typed]
 
 
 def _show(error: Exception) -> str:

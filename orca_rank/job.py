@@ -16,7 +16,7 @@ from orca_rank import launch
 from orca_rank.artifacts.command import remember
 from orca_rank.build import build
 from orca_rank.errors import foreseen
-from orca_rank.stages.chain import TOGETHER
+from orca_rank.stages.chain import TOGETHER, check_points
 
 BUG = (
     "error: nobody foresaw this one, so it is a bug: in orca_rank, or in code of yours that the config names.\n"
@@ -85,11 +85,12 @@ def _work(config: DictConfig, options: list[str], flags: list[str]) -> None:
 
 
 def check(config: DictConfig) -> None:
-    """Refuse values of the top-level options that no stage could work with.
+    """Refuse values of the top-level options that no stage could work with, and sweeps of a stage that could not end.
 
     Raises:
         ValueError: saying which option, what was received and what is expected.
     """
+    check_points([str(config.stage["_target_"]).removesuffix(".run").rpartition(".")[2]])
     run = Path(str(config.run))
     if config.run is None or not run.parts or run.is_absolute() or ".." in run.parts:
         raise ValueError(f"run must be a name, or a path below paths.runs, received {config.run!r}")

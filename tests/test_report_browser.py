@@ -68,9 +68,7 @@ def test_nothing_complains_or_overflows(page: browser.Browser, address: str, wid
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_what_scrolls_sideways_says_so_and_fades_until_its_end(
-    page: browser.Browser, address: str, dark: bool
-) -> None:
+def test_what_scrolls_sideways_says_so_and_fades_until_its_end(page: browser.Browser, address: str, dark: bool) -> None:
     hints = """[...document.querySelectorAll(".frame, .scroll")].map(one => {
       const style = getComputedStyle(one, "::after");
       return [one.scrollWidth - one.clientWidth > 1, style.content.includes("scrolls sideways"),

@@ -115,6 +115,24 @@ def test_a_sweep_says_how_far_it_is_and_its_summary_grows(
     assert seen == [(1, False), (2, True)]
 
 
+@pytest.mark.parametrize("stage", ["all", "align"])
+def test_a_sweep_of_the_config_s_own_aligns_no_folder_twice_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """What a config says to sweep over (hydra.sweeper.params) counts like what is typed: refused before any work."""
+    (tmp_path / "experiment").mkdir()
+    params = {"seed": "0,1", "rank.r": "2"}  # one value is no sweep
+    text = OmegaConf.to_yaml({"hydra": {"sweeper": {"params": params}}})
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    monkeypatch.setattr(sys, "argv", ["orca_rank"])
+    command = ["-m", "--config-dir", str(tmp_path), "experiment=mine", f"stage={stage}", f"paths.runs={tmp_path}"]
+    assert main([*command, *OPTIONS]) == 1
+    said = capsys.readouterr()
+    assert "point 1 of 2: seed=0\n" in said.out
+    assert "2 of the sweep's points failed" in said.err and "the sweep over seed asks for several" in said.err
+    assert not list((tmp_path / "default").glob("*/"))
+
+
 def test_the_time_left_is_that_of_the_points_that_ran_last() -> None:
     moments = [0.0] * 6 + [60.0 * point for point in range(1, 11)]  # five that were done before, ten of a minute
     assert sweep.Progress(30, moments).next() == "point 16 of 30, about 15 min left"

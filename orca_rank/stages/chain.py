@@ -24,7 +24,7 @@ def run(config: DictConfig, stages: Sequence[str]) -> None:
         ValueError: for an option of any of them, or one that points of a sweep cannot differ in; whatever the stages
             raise.
     """
-    _check_points(stages)
+    check_points(stages)
     console = Console(markup=False)
     # All at once, so that a module that cannot be imported says so before the work.
     verbs = [importlib.import_module(f"orca_rank.stages.{stage}") for stage in stages]
@@ -53,7 +53,12 @@ def clashing(points: Sequence[str]) -> list[str]:
     return [option for option, name in names.items() if any(f"{name}.".startswith(f"{one}.") for one in ONCE)]
 
 
-def _check_points(stages: Sequence[str]) -> None:
+def check_points(stages: Sequence[str]) -> None:
+    """Refuse a sweep whose points would align or measure one folder several times, before the first does.
+
+    Raises:
+        ValueError: naming the swept option and both ways out.
+    """
     if runs_apart() or not {"align", "measure"} & {*stages} or not (found := clashing(swept())):
         return
     name = found[0].partition("=")[0]
