@@ -38,7 +38,7 @@ def test_every_sentence_of_a_whole_run(config: DictConfig, run: Path) -> None:
     finetune(run, "second", 0.5)
     finetune(run, "first", 0.25)
     report.run(config)
-    again = f"python -m orca_rank -m stage=finetune run=mine paths.runs={config.paths.runs} seed=0,1,2"
+    again = f"python -m orca_rank -m stage=finetune run=mine paths.runs={config.paths.runs} seed=0,1"
     assert sentences(run) == [
         "orca_rank: mine",
         "orca_rank: mine",
@@ -47,7 +47,8 @@ def test_every_sentence_of_a_whole_run(config: DictConfig, run: Path) -> None:
         "LoRA with uniform ranks (mean rank 4) is best on validation, with a test error of 0.3125 (one seed: how much "
         "seeds differ is not known).",
         "The MMD gap to the source has p < 0.05 in 4 of 8 layers (each layer tested by itself).",
-        f"Next: repeat it with other seeds (with the options that it had): {again}",
+        f"Next: repeat it with other seeds: one says nothing of how much they differ (give the command the options "
+        f"that it had): {again}",
         "Gap and rank of every layer", "Alignment of the embedder",
         "Test error of fine-tunes with 300 trainable parameters of the adapter, numbered as in the table. The best "
         "validation error, 0.25, is first's; its test error is 0.3125. All of them also train 21 others. One seed: the "

@@ -53,6 +53,28 @@ def swin_without_head(saved: torch.nn.Module) -> torch.nn.Module:
     return bare
 
 
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "net.encoder."])
+@pytest.mark.parametrize("make", [swin, vit])
+def test_a_model_that_is_part_of_what_was_saved(tmp_path, prefix, make):
+    """As in the checkpoint of a LightningModule, with a head, a loss and a table of its own."""
+    saved = make()
+    state = {prefix + name: value for name, value in saved.state_dict().items()}
+    state |= {"loss.weight": torch.ones(3), "head.fc.weight": torch.ones(2, 8), "norm.weight": torch.ones(5)}
+    content = {"state_dict": state, "epoch": 3, "pytorch-lightning_version": "2.6.1", "callbacks": {"a": {"b": 1.0}}}
+    assert same(loaded(tmp_path, content, make(), "last.ckpt"), saved)
+
+
+def test_several_models_in_a_file_and_none_are_told(tmp_path):
+    state = vit().state_dict()
+    both = {f"{owner}.{name}": value for owner in ("student", "teacher") for name, value in state.items()}
+    with pytest.raises(ValueError, match=r"holds 2 such models, student\., teacher\.: save one of them"):
+        loaded(tmp_path, both, vit())
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors of this model.*; it has \['a\.b', 'a\.c'\]"):
+        loaded(tmp_path, {"a.b": torch.ones(1), "a.c": torch.ones(1)}, vit())
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors of this model, for example .*; it has \['conv1'\]"):
+        loaded(tmp_path, {"conv1": torch.ones(1)}, vit())
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_swin_checkpoints_that_downsample_at_the_end_of_a_stage(tmp_path, head):
     saved = swin(num_classes=3)

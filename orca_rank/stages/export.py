@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from orca_rank.artifacts.command import command, given, left
+from orca_rank.artifacts.command import command, left
 from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import atomic, read_json, read_record
 from orca_rank.artifacts.lock import locked
@@ -136,7 +136,8 @@ def _write_card(config: DictConfig, tuned: Path) -> None:
     with reading(tuned / "metrics.json", f"run `{command('stage=finetune', 'force=true')}`"):
         made_from = {name: value for name, value in metrics["config"].items() if name != "contents"}
         same = not differences(made_from, finetune_config(config))
-        made_by = left(tuned) or (given() if same else [])
-        text = model_card(metrics, plan, tuned.name, command("stage=finetune", of=made_by) if made_by else None)
+        words = left(tuned)
+        made_by = command("stage=finetune", of=words or None) if words or same else None
+        text = model_card(metrics, plan, tuned.name, made_by)
     with atomic(tuned / "adapter" / "README.md") as temporary:
         temporary.write_text(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,27 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     timm's own filter for the model's family renames what older or original checkpoints call otherwise and resamples
     position tables and patches for another window, image or patch size. Filters of one input channel become a third
-    each of three, three become the sum in one. A classification head in the file is left out. Only tensors and plain
-    values are read (weights_only).
+    each of three, three become the sum in one. Where the model is a part of what was saved, as in the checkpoint of a
+    LightningModule that calls it `model`, that part is taken. A classification head in the file is left out. Only
+    tensors and plain values are read (weights_only).
 
     Raises:
         FileNotFoundError: no such file. DamagedFile: not a state dict. ValueError: missing or misshapen tensors, blocks
-            that the model has not, or values that are not finite.
+            that the model has not, several such models, or values that are not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights file at {path}: set backbone.pretrained to an existing file, true or false"
         )
-    state = _fitted(_read(path), model, path)
+    read = _read(path)
+    state = _fitted(_one_model(read, model, path), model, path)
     wanted = model.state_dict()
     missing = [name for name, _ in model.named_parameters() if name not in state]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}: {_MEND}")
+        raise ValueError(
+            f"{path} lacks {len(missing)} tensors of this model, for example {missing[:3]}; it has {list(read)[:3]}: "
+            f"{_MEND}"
+        )
     blocks = tuple(f"{name}." for name, _ in model.named_children() if name in ("blocks", "layers"))
     if beyond := [name for name in state if name.startswith(blocks) and name not in wanted and "mask" not in name]:
         raise ValueError(
@@ -82,6 +89,29 @@ def _read(path: Path) -> State:
         # Prefixes of DistributedDataParallel and of torch.compile, in an inner dictionary too.
         clean = {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in state.items()}
         return {name: value.float() if value.is_floating_point() else value for name, value in clean.items()}
+
+
+def _one_model(state: State, model: nn.Module, path: Path) -> State:
+    """The tensors of the model in a file, named as from it: with what stands before most of their names cut off."""
+    names = {name for name, _ in model.named_parameters()}
+    before = Counter(
+        name[:cut]
+        for name in state
+        for cut in (0, *(place + 1 for place, letter in enumerate(name) if letter == "."))
+        if name[cut:] in names
+    )
+    if not before:  # of other names, which timm's filter may know
+        shared = os.path.commonpath([name.replace(".", "/") for name in state]) if len(state) > 1 else ""
+        before[shared.replace("/", ".") + "." * bool(shared)] = 1
+    most = max(before.values())
+    alike = [prefix for prefix, count in before.items() if count == most]
+    prefix = "" if "" in alike else alike[0]
+    if len(alike) > 1 and prefix:
+        raise ValueError(
+            f"{path} holds {len(alike)} such models, {', '.join(sorted(alike))}: save one in a file of its own, its "
+            f"names without that, and set backbone.pretrained to it"
+        )
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _fitted(state: State, model: nn.Module, path: Path) -> State:
