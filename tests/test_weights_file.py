@@ -67,7 +67,7 @@ def test_a_model_that_is_part_of_what_was_saved(tmp_path, prefix, make):
 def test_several_models_in_a_file_and_none_are_told(tmp_path):
     state = vit().state_dict()
     both = {f"{owner}.{name}": value for owner in ("student", "teacher") for name, value in state.items()}
-    with pytest.raises(ValueError, match=r"holds 2 such models, student\., teacher\.: save one of them"):
+    with pytest.raises(ValueError, match=r"holds 2 such models, student\., teacher\.: save one in a file"):
         loaded(tmp_path, both, vit())
     with pytest.raises(ValueError, match=r"lacks \d+ tensors of this model.*; it has \['a\.b', 'a\.c'\]"):
         loaded(tmp_path, {"a.b": torch.ones(1), "a.c": torch.ones(1)}, vit())
