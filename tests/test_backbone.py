@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import timm
@@ -139,21 +142,32 @@ def test_a_task_comes_back_from_its_file():
 
 
 def test_without_a_network_the_hub_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody at the address, somebody who takes the call and says nothing, a hub that is switched off; then one that
+    answers, whatever it says."""
     tried = []
     monkeypatch.setattr(hub.timm, "create_model", lambda *_, **__: tried.append("hub") or nn.Identity())
-    monkeypatch.setattr(hub, "getproxies", dict)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "SECONDS", 0.1)
 
-    def refuse(*_: object) -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(hub.socket, "create_connection", refuse)
-    with pytest.raises(ConnectionError, match=r"does not answer\).*backbone.pretrained=<path"):
+    def get(port: int) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
         hub.from_hub("swin_tiny_patch4_window7_224", {})
+
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        for _ in range(2):
+            with pytest.raises(ConnectionError, match=r"does not answer: \w+\).*backbone.pretrained=<path"):
+                get(mute.getsockname()[1])
+            mute.listen()
     assert not tried
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "fetched before")
-    hub.from_hub("swin_tiny_patch4_window7_224", {})
+    get(1)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy"})  # left to the client
-    hub.from_hub("swin_tiny_patch4_window7_224", {})
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which knows no method: 501
+        Thread(target=server.handle_request).start()
+        get(server.server_port)
     assert len(tried) == 2
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set\).*backbone.pretrained=<path"):
+        get(1)

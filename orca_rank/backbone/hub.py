@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
-import socket
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 from torch import nn
 
 from orca_rank.backbone.the_timm import timm
 
-SECONDS = 5.0  # to wait for the hub's address; its own client tries for half a minute
+SECONDS = 5.0  # to wait for the hub; its own client tries for a minute
 
 
 def place_of(name: str) -> str | None:
@@ -29,16 +25,17 @@ def fetched(place: str) -> bool:
     return any(isinstance(hub.try_to_load_from_cache(place, file), str) for file in files)
 
 
-def reachable() -> bool:
-    """Whether the hub's address answers; also where a proxy stands between, which is left to the client."""
-    address = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    if getproxies().get(address.scheme):
-        return True
+def unreachable() -> str | None:
+    """Why the hub cannot be asked now, in a few words; None where it answers. It is asked once, as its client would:
+    through proxies and with certificates; what it says does not matter."""
+    hub = importlib.import_module("huggingface_hub")
+    if hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        socket.create_connection((address.hostname, address.port or 443), SECONDS).close()
-    except OSError:
-        return False
-    return True
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=SECONDS)
+    except Exception as error:  # of whichever client it has
+        return f"{hub.constants.ENDPOINT} does not answer: {type(error).__name__}"
+    return None
 
 
 def from_hub(name: str, options: dict[str, Any]) -> nn.Module:
@@ -49,8 +46,8 @@ def from_hub(name: str, options: dict[str, Any]) -> nn.Module:
     """
     place = place_of(name)
     try:
-        if place is not None and not fetched(place) and not reachable():
-            raise OSError("the hub's address does not answer")
+        if place is not None and not fetched(place) and (reason := unreachable()) is not None:
+            raise OSError(reason)
         return timm.create_model(name, pretrained=True, **options)
     except Exception as error:
         raise ConnectionError(
