@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -33,9 +34,12 @@ CONF = _CHECKOUT if (_CHECKOUT / "config.yaml").is_file() else Path(__file__).pa
 # Options that say where and how the demo runs; with any other a command starts from the base config.
 DEMO_TOO = ("run=", "seed=", "threads=", "force=", "paths.", "logger=", "logger.", "trainer.", "hydra")
 
+# Ctrl-C, the cluster, a terminal that is closed; Windows has no SIGHUP.
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM: no Exception, so that nothing on the way takes it for an error of its own."""
+    """SIGINT, SIGTERM or SIGHUP: no Exception, so that nothing on the way takes it for an error of its own."""
 
 
 class PointFailed(CompactHydraException):
@@ -77,7 +81,8 @@ def main(arguments: Sequence[str]) -> int:
         number = signal.Signals(stop.args[0]) if stop.args else signal.SIGINT
         again = shlex.join(["python", "-m", "orca_rank", *arguments])
         sentence = f"stopped by {number.name}; the same command goes on from the last checkpoint"
-        print(f"\n{sentence}:\n  {again}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\n{sentence}:\n  {again}", file=sys.stderr, flush=True)
         return 128 + number
     finally:
         if failed:
@@ -182,7 +187,7 @@ def _listen() -> None:
             os.kill(os.getpid(), number)
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job of nohup
             signal.signal(number, stop)
 

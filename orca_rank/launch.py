@@ -124,7 +124,9 @@ def start(size: int, work: Callable[..., None], arguments: tuple[Any, ...], repo
 def _one(own: dict[str, str], work: Callable, arguments: tuple[Any, ...], report: Report, sender: Any) -> None:
     """The life of one process."""
     os.environ.update(own)  # before anything reads it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process that started this one sees to it
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C and a closed terminal reach all; who started this one sees to it
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -53,7 +53,7 @@ def shown_commands() -> list[list[str]]:
     return [shlex.split(match.split("#")[0])[3:] for match in shown]
 
 
-# A stage of a user's own in a module beside the command: it fails, or waits, as the test asks.
+# A stage of a user's own in a module beside the command: it fails, or is sent a signal, as the test asks.
 STAGE = """
 import os, signal, time
 from pathlib import Path
@@ -61,8 +61,8 @@ from pathlib import Path
 
 def run(config, do):
     Path(f"ran-{config.seed}").touch()
-    if do == "wait":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if do.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, do))
         time.sleep(60)
     if do == "fail" and config.seed == 1:
         [].pop()
@@ -103,11 +103,12 @@ def test_a_sweep_goes_on_after_a_bug_and_lists_it(tmp_path: Path) -> None:
     assert "seed=1: IndexError: pop from empty list" in summary
 
 
-def test_sigterm_ends_with_a_sentence_and_its_own_status(tmp_path: Path) -> None:
-    options = with_stage(tmp_path, "wait")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_with_a_sentence_and_its_own_status(tmp_path: Path, name: str) -> None:
+    options = with_stage(tmp_path, name)
     done = command(tmp_path, *options)
-    assert done.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; the same command goes on" in done.stderr
+    assert done.returncode == 128 + getattr(signal, name)
+    assert f"stopped by {name}; the same command goes on" in done.stderr
     assert shlex.join(["python", "-m", "orca_rank", *options]) in done.stderr
 
 

@@ -444,7 +444,7 @@ def test_a_stop_between_two_checkpoints_leaves_the_last(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("stage", ["finetune", "align", "pretrain"])
 def test_a_signal_ends_with_its_status_and_the_way_on(
     tmp_path: Path, stage: str, number: signal.Signals, status: int
