@@ -43,7 +43,13 @@ def _of_option(name: str, conf: Path) -> str | None:
     for option in _options(conf / group) if (conf / group).is_dir() else []:
         known |= {f"{group}.{one}" for one in _names(_file(conf / group, option))}
     known |= {entry.name for entry in conf.iterdir() if entry.is_dir()}
-    near = get_close_matches(name, known, 3, cutoff=0.75)
+    for default in _base(conf)["defaults"]:  # groups at another place, as optimizer@finetune.optimizer
+        group, _, package = next(iter(default), "").partition("@") if isinstance(default, dict) else ("", "", "")
+        for option in _options(conf / group) if package else []:
+            known |= {f"{package}.{one}" for one in _names(_file(conf / group, option))}
+    # Of the same group and called the same, as finetune.optimizer.lr for finetune.lr; else alike in letters.
+    deeper = [one for one in sorted(known) if path and one.startswith(f"{place}.") and one.endswith(f".{path[-1]}")]
+    near = deeper[:3] or get_close_matches(name, known, 3, cutoff=0.75)
     return f"there is no option {name}; did you mean {_listed(near)}?" if near else None
 
 

@@ -18,6 +18,7 @@ from orca_rank.hints import hint
         (("rank=uniform", "rank.gamma=2"), "rank.gamma is an option of .*rank=proportional.*: give one of them too"),
         (("adapter.module.concentration=2",), "adapter=dylora.*adapter=matryoshka"),  # inherited ones among them
         (("finetune.epoch=3",), "there is no option finetune.epoch; did you mean finetune.epochs"),
+        (("finetune.lr=3",), "did you mean finetune.optimizer.lr"),
         (("adapter.modul.alpha=3",), "did you mean adapter.module.alpha"),
         (("rnk=uniform",), r"did you mean rank\?"),
         (("rank=unifrm",), r"did you mean rank=uniform\?"),
