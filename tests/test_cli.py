@@ -41,9 +41,15 @@ def command(folder: Path, *options: str) -> subprocess.CompletedProcess:
         "COLUMNS": "120",
         "OMP_NUM_THREADS": "1",
     }
+
+    def heard() -> None:  # what a shell starts in the background does not hear
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     return subprocess.run(
-        [sys.executable, "-m", "orca_rank", *options], cwd=folder, env=environment, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "orca_rank", *options],
+        cwd=folder, env=environment, capture_output=True, text=True, preexec_fn=heard,
+    )  # fmt: skip
 
 
 def shown_commands() -> list[list[str]]:

@@ -452,7 +452,10 @@ def test_a_signal_ends_with_its_status_and_the_way_on(
     options = [*TINY, "finetune.epochs=2000", "align.epochs=2000", "++backbone.recipe.epochs=2000", "run=long"]
     command = [sys.executable, "-m", "orca_rank", f"stage={stage}", *options, f"paths.runs={tmp_path}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored in what a shell starts in the background
+    )  # fmt: skip
     end = time.monotonic() + 300
     while not list(tmp_path.rglob("previous.ckpt")) and process.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
