@@ -37,6 +37,8 @@ torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 def not_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that runs a command line in its process leaves it here for those after it."""
     monkeypatch.delenv(TYPED, raising=False)
+    for name in ("_given", "_flags"):  # what a command in this process leaves
+        monkeypatch.setattr(f"orca_rank.artifacts.command.{name}", ())
 
 
 @pytest.fixture
