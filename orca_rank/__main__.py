@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from orca_rank import __version__, job
-from orca_rank.artifacts.command import TYPED, alike, swept
+from orca_rank.artifacts.command import TYPED, alike, remember, swept
 from orca_rank.artifacts.lock import WAIT
 from orca_rank.hints import hint
 from orca_rank.processes import world
@@ -126,6 +126,7 @@ def _job(config: DictConfig, failed: list[tuple[str, str]], elsewhere: str, mome
             print(f"\n{turn.begins()}: {' '.join(swept(options))}", flush=True)
     value, bad = None, None
     try:
+        remember(options, flags)
         job.check(config)
         job.run(config, options, flags)
         if turn is not None and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
