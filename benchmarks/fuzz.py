@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import os
 import signal
@@ -104,6 +105,15 @@ def readers(folder: Path) -> dict[str, Reader]:
             file.create_dataset("x", data=x, **options)
             file.create_dataset("y", data=y)
         arrays(name, f"{len(options)}.h5", f"{len(options)}.h5")
+    if importlib.util.find_spec("zarr") is not None:
+        import zarr
+
+        for name, damage in (("zarr, what it says", "x/zarr.json"), ("zarr, what it holds", "x/c/0/0/0/0")):
+            store = folder / f"{Path(damage).name}.zarr"
+            group = zarr.open_group(store, mode="w")
+            for member, array in (("x", x), ("y", y)):
+                group.create_array(member, data=array)
+            arrays(name, store.name, f"{store.name}/{damage}")
     torch.save({"x": torch.from_numpy(x), "y": torch.from_numpy(y), "note": "text"}, folder / "a.pt")
     arrays("pt", "a.pt", "a.pt")
     old = {"x": torch.from_numpy(x), "y": torch.from_numpy(y)}

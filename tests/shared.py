@@ -1,5 +1,10 @@
 """What several test files need."""
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -63,3 +68,29 @@ def break_off(monkeypatch: pytest.MonkeyPatch, config: DictConfig, *, epoch: int
         patch.setattr(finetune.FineTune, "training_step", failing)
         with pytest.raises(RuntimeError, match="went away"):
             finetune.run(config)
+
+
+NO_ZARR = importlib.util.find_spec("zarr") is None
+ZARR = pytest.param("zarr", marks=pytest.mark.skipif(NO_ZARR, reason="the package zarr is not installed"))
+
+
+def write_zarr(
+    path: Path,
+    version: int = 3,
+    fill_value: float = 0,
+    attributes: dict[str, Any] | None = None,
+    **arrays: np.ndarray,
+) -> None:
+    """Arrays in a group, seven rows a chunk; a__b is b in the group a. attributes: of x, which is there then."""
+    import zarr
+
+    group = zarr.open_group(path, mode="a", zarr_format=version if arrays else None)
+    for name, array in arrays.items():
+        group.create_array(
+            name.replace("__", "/"),
+            data=array,
+            chunks=(min(7, len(array)), *array.shape[1:]),
+            fill_value=fill_value if name == "x" else 0,
+        )
+    if attributes:
+        group["x"].attrs.update(attributes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import struct
 import sys
 import zipfile
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from shared import ZARR, write_zarr
 from torchvision.datasets import CIFAR100
 
 from orca_rank.artifacts.damaged import DamagedFile, limit_bytes, reading
@@ -63,6 +66,55 @@ def test_declared_sizes_beyond_the_limit_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match="more than the limit"):
         read_mat(path)
+
+
+@ZARR.marks[0]
+def test_damaged_and_hostile_zarr(tmp_path, monkeypatch):
+    """As the other formats; what its codecs would run is not read, a chunk beyond the limit is not allocated."""
+    path = tmp_path / "a.zarr"
+    write_zarr(path, train__x=X, y=Y)
+    x, _, _ = read_arrays(tmp_path, "a.zarr", "train/x", "y")
+    assert np.array_equal(x, X)
+    with pytest.raises(KeyError, match=r"no array 'train'; it holds \['train/x', 'y'\]"):
+        read_arrays(tmp_path, "a.zarr", "train", None)
+    about = path / "train" / "x" / "zarr.json"
+    right = json.loads(about.read_text())
+    huge = {"name": "regular", "configuration": {"chunk_shape": [8 * 10**9, 1, 5, 5]}}
+    for changed, said in (
+        ({"shape": [8 * 10**9, 1, 5, 5]}, "declares 'train/x' of shape .*limit of 8 GiB"),
+        ({"chunk_grid": huge}, "declares a chunk of 'train/x' of shape .*limit of 8 GiB"),
+        ({"shape": "long"}, "cannot read"),
+    ):
+        about.write_text(json.dumps({**right, **changed}))
+        with pytest.raises(DamagedFile, match=said):
+            read_arrays(tmp_path, "a.zarr", "train/x", None)
+    about.write_text(json.dumps(right))
+    (chunk,) = (path / "train" / "x" / "c").rglob("0/0/0/0")
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    for here in (True, False):
+        with pytest.raises(DamagedFile, match="cannot read"):
+            read_arrays(tmp_path, "a.zarr", "train/x", None, in_memory=here)
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)  # younger ones refuse
+    write_zarr(tmp_path / "b.zarr", 2, x=X)
+    about = tmp_path / "b.zarr" / "x" / ".zarray"
+    filters = [{"id": "vlen-utf8"}, {"id": "pickle"}]
+    hostile = {"dtype": "|O", "fill_value": "", "compressor": None, "filters": filters}
+    about.write_text(json.dumps({**json.loads(about.read_text()), **hostile}))
+    for chunk in about.parent.glob("0*"):
+        chunk.write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+    with pytest.raises(DamagedFile, match="holds Python objects"):
+        read_arrays(tmp_path, "b.zarr", "x", None)
+    assert not (tmp_path / "touched").exists()
+
+
+class Touch:
+    """What leaves a file behind once it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_the_limit_is_an_option(tmp_path, monkeypatch):

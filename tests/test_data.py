@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import pickle
+import struct
+import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from shared import ZARR, write_zarr
 from torchvision.datasets import CIFAR100
 
 from orca_rank import normaliser
@@ -214,7 +218,9 @@ def save(folder: Path, kind: str, x: np.ndarray, y: np.ndarray):
         np.save(folder / "y.npy", y)
         return ["x.npy", "y.npy"]
     path = folder / f"data.{kind}"
-    if kind == "npz":
+    if kind == "zarr":
+        write_zarr(path, x=x, y=y)
+    elif kind == "npz":
         np.savez(path, x=x, y=y)
     elif kind == "h5":
         with h5py.File(path, "w") as file:
@@ -224,7 +230,7 @@ def save(folder: Path, kind: str, x: np.ndarray, y: np.ndarray):
     return path.name
 
 
-@pytest.mark.parametrize("kind", ["npz", "npy", "h5", "pt"])
+@pytest.mark.parametrize("kind", ["npz", "npy", "h5", ZARR, "pt"])
 def test_all_formats_hold_the_same_data(tmp_path, kind):
     x, y = classification()
     data = Arrays(root=tmp_path, train=save(tmp_path, kind, x, y))
@@ -372,3 +378,35 @@ def test_what_netcdf_says_of_its_numbers_is_not_passed_over(tmp_path):
         file["x"].attrs["scale_factor"] = 0.01
     with pytest.raises(ValueError, match=r"packed by its attributes.*scale_factor"):
         Arrays(root=tmp_path, train="data.h5", fill="none").setup()
+
+
+@ZARR.marks[0]
+def test_what_xarray_writes_of_the_numbers_in_zarr_is_not_passed_over(tmp_path):
+    """Format 2 has `_FillValue` as the array's own fill value, where its dimensions are named; 3 as an attribute."""
+    x, y = classification()
+    low = float(x.min())
+    encoded = base64.standard_b64encode(struct.pack("<d", low)).decode()
+    written = {
+        "v2": (2, {"_ARRAY_DIMENSIONS": ["n", "c", "h", "w"]}, low),
+        "v3": (3, {"_FillValue": encoded}, 0.0),
+        "plain": (2, {}, low),  # what is not stored, nothing else
+    }
+    for name, (version, attributes, fill_value) in written.items():
+        write_zarr(tmp_path / f"{name}.zarr", version, fill_value, x=x, y=y)
+        write_zarr(tmp_path / f"{name}.zarr", attributes=attributes)
+        for here in (True, False):
+            if name != "plain":
+                with pytest.raises(ValueError, match=r"attribute _FillValue takes for missing ones: set data\.fill="):
+                    Arrays(root=tmp_path, train=f"{name}.zarr", in_memory=here).setup()
+            for fill in ("none", low):
+                Arrays(root=tmp_path, train=f"{name}.zarr", in_memory=here, fill=fill).setup()
+        write_zarr(tmp_path / f"{name}.zarr", attributes={"scale_factor": 0.01})
+        with pytest.raises(ValueError, match=r"packed by its attributes.*scale_factor"):
+            Arrays(root=tmp_path, train=f"{name}.zarr", fill="none").setup()
+
+
+def test_zarr_that_is_not_installed_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    (tmp_path / "mine.zarr").mkdir()
+    with pytest.raises(ModuleNotFoundError, match=r'mine\.zarr needs .* zarr .*: pip install "orca_rank\[zarr\]"'):
+        Arrays(root=tmp_path, train="mine.zarr").setup()

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
-from shared import TINY_SWIN
+from shared import NO_ZARR, TINY_SWIN, write_zarr
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
@@ -101,6 +101,10 @@ def test_new_data_are_predicted_whole_by_the_statistics_of_training(run: Run) ->
     assert first.metric.mean() == pytest.approx(fitted.metrics[f"test/{metric}"], rel=1e-4, abs=1e-6)
 
     found, bare = run.predict("data.train=new.npz"), run.predict("data.train=new.npz", "data.y=null")
+    if not NO_ZARR:
+        write_zarr(run.folder / "new.zarr", **run.new)
+        by_rows = run.predict("data.train=new.zarr", "data.in_memory=false")
+        assert np.array_equal(by_rows.prediction, found.prediction) and np.array_equal(by_rows.metric, found.metric)
     assert len(found.prediction) == found.record["samples"] == len(run.new["x"])
     assert np.array_equal(found.prediction, bare.prediction)
     assert not hasattr(bare, "target") and metric not in bare.record

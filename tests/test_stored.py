@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
-from shared import TINY_FINETUNE
+from shared import TINY_FINETUNE, ZARR, write_zarr
 
 from orca_rank import normaliser
 from orca_rank.artifacts import provenance
@@ -36,6 +37,9 @@ def write(folder: Path, kind: str, x: np.ndarray, y: np.ndarray) -> Any:
         np.save(folder / "x.npy", x)
         np.save(folder / "y.npy", y)
         return ["x.npy", "y.npy"]
+    if kind == "zarr":
+        write_zarr(folder / "mine.zarr", x=x, y=y)
+        return "mine.zarr"
     with h5py.File(folder / "mine.h5", "w") as file:
         file.create_dataset("x", data=x, chunks=(7, *x.shape[1:]))
         file["y"] = y
@@ -53,7 +57,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["npy", "h5"])
+@pytest.mark.parametrize("kind", ["npy", "h5", ZARR])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_read_by_rows_is_what_memory_would_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, kind: str
@@ -108,7 +112,7 @@ def test_the_rest_of_a_tensor_on_disk_is_refused_in_one_sentence(tmp_path: Path)
     with pytest.raises(ValueError, match=r"stays on disk, read by rows: set data.in_memory=true"):
         x + 1
     np.savez(tmp_path / "both.npz", x=FIELDS, y=FIELDS)
-    with pytest.raises(ValueError, match=r"both.npz cannot be read by rows, .* save x and y as npy or h5"):
+    with pytest.raises(ValueError, match=r"both.npz cannot be read by rows, .* save x and y as npy, h5 or zarr"):
         Arrays(root=tmp_path, train="both.npz", in_memory=False).setup()
     damaged = FIELDS.copy()
     damaged[37, 2, 2] = np.nan
@@ -152,6 +156,34 @@ def test_a_large_file_is_known_by_its_size_and_blocks_of_it(tmp_path: Path, monk
         provenance._hash_as_of.cache_clear()
         assert (contents_hash([path], sampled=True) != first) == differs
     provenance._hash_as_of.cache_clear()
+
+
+@ZARR.marks[0]
+def test_a_folder_of_zarr_is_known_by_what_is_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "zarr", FIELDS, FIELDS)
+    chunks = sorted(path for path in (tmp_path / "mine.zarr").rglob("c/*/*/*"))
+    data = Arrays(root=tmp_path, train="mine.zarr")
+    before = data.contents
+    shutil.copytree(tmp_path / "mine.zarr", tmp_path / "other" / "copy.zarr")
+    assert Arrays(root=tmp_path / "other", train="copy.zarr").contents == before
+    monkeypatch.setattr(provenance, "BLOCK", 10)
+    monkeypatch.setattr(provenance, "BLOCKS", 5000)
+    for large in (provenance.LARGE, 100):
+        monkeypatch.setattr(provenance, "LARGE", large)
+        provenance._hash_as_of.cache_clear()
+        before = data.contents
+        old = chunks[-1].read_bytes()
+        chunks[-1].write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        assert data.contents != before
+        chunks[-1].write_bytes(old)
+        assert data.contents == before
+        chunks[0].rename(tmp_path / "kept")
+        assert data.contents != before
+        (tmp_path / "kept").rename(chunks[0])
+    provenance._hash_as_of.cache_clear()
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    assert contents_hash([folder]) == contents_hash([tmp_path / "nothing"])  # not looked through
 
 
 def test_stages_work_on_arrays_that_stay_on_disk(composed: Callable[..., DictConfig], tmp_path: Path) -> None:

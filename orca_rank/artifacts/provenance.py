@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +34,53 @@ LARGE, BLOCK, BLOCKS = 2**30, 2**18, 256  # bytes of a file; of a block of it, a
 
 
 def contents_hash(paths: Sequence[Path], *, sampled: bool = False) -> str:
-    """A short hash of what some files hold, wherever they lie; a file that is not there counts as missing.
+    """A short hash of what some files, or zarr's folders, hold, wherever they lie; one that is not there counts as
+    missing.
 
     Args:
-        sampled: of a file of more than 1 GiB, its size and 256 blocks of it stand for what it holds.
+        sampled: of a file or folder of more than 1 GiB, its size and 256 blocks of it stand for what it holds, beside
+            the names and sizes of all files in a folder.
     """
-    return key([_hash_as_of(path, path.stat().st_mtime_ns, sampled) if path.is_file() else "missing" for path in paths])
+    there = [path.is_file() or (path.suffix.lower() == ".zarr" and path.is_dir()) for path in paths]
+    return key(
+        [
+            _hash_as_of(path, _changed(path), sampled) if here else "missing"
+            for path, here in zip(paths, there, strict=True)
+        ]
+    )
+
+
+def _changed(path: Path) -> int:
+    """A number that is another once a file was changed, or anything in a folder: the sum of when each was, last."""
+    below = [Path(place, name) for place, folders, files in _walk(path) for name in folders + files]
+    return sum(one.stat().st_mtime_ns for one in (path, *below) if one.exists())
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    return os.walk(path, followlinks=True)  # nothing of a file
 
 
 @functools.cache
 def _hash_as_of(path: Path, changed: int, sampled: bool = False) -> str:
     """The stages of one process, and many results made from one file, ask for the same hash again and again."""
-    size = path.stat().st_size
-    if not sampled or size <= LARGE:
+    files = sorted(Path(place, name) for place, _, names in _walk(path) for name in names) if path.is_dir() else [path]
+    sizes = [file.stat().st_size for file in files]
+    total = sum(sizes)
+    whole = not sampled or total <= LARGE
+    if whole and not path.is_dir():
         return file_hash(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as stream:
+    digest = hashlib.sha256(str(total).encode())
+    if path.is_dir():
+        for file, size in zip(files, sizes, strict=True):
+            digest.update(f"{file.relative_to(path).as_posix()} {size} {file_hash(file) if whole else ''}\n".encode())
+    if not whole:
+        ends = list(accumulate(sizes))
         for number in range(BLOCKS):
-            stream.seek(number * (size - BLOCK) // (BLOCKS - 1))
-            digest.update(stream.read(BLOCK))
+            place = number * (total - BLOCK) // (BLOCKS - 1)  # as if the files lay one behind the other
+            which = bisect.bisect_right(ends, place)
+            with open(files[which], "rb") as stream:
+                stream.seek(place - (ends[which] - sizes[which]))
+                digest.update(stream.read(BLOCK))
     return digest.hexdigest()
 
 

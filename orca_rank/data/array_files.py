@@ -1,4 +1,4 @@
-"""Reading named arrays from npz, npy, h5 and pt files that may be damaged, hostile or larger than they look."""
+"""Reading named arrays from npz, npy, h5, zarr and pt files that may be damaged, hostile or larger than they look."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 from orca_rank.artifacts.plain import load_plain
-from orca_rank.data.stored import IN_MEMORY, H5Rows, NpyRows, Rows
+from orca_rank.data.groups import MissingArray, by_rows, read_h5, read_zarr
+from orca_rank.data.stored import MEND, NpyRows, Rows
 
-NEUTRAL = {"scale_factor": 1, "add_offset": 0}  # attributes of netCDF, and what changes nothing
-FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file, or a pair [x.npy, y.npy]"
-MEND = "write it again, or set data.train (source.train, data.test) to another file"
+FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file or .zarr folder, or a pair [x.npy, y.npy]"
 
 
 def read_arrays(
@@ -36,16 +34,17 @@ def read_arrays(
 
     Args:
         root: folder that relative names are relative to.
-        files: one npz, h5 or pt file (a dictionary of tensors), or a pair of npy files.
+        files: one npz, h5 or pt file (a dictionary of tensors) or zarr folder, or a pair of npy files.
         x, y: names of the two arrays inside the file; train/x is x in the group train.
         optional: do without y where the file has none; x may then be one npy file.
-        in_memory: False leaves numbers of npy and h5 files on disk, None those of more than IN_MEMORY bytes. A member
-            of an npz or pt file cannot be read by rows.
-        fill: values that mark missing ones, see `orca_rank.data.fields.kept`: those that an HDF5 file says it has
-            must be among them.
+        in_memory: False leaves numbers of npy, h5 and zarr files on disk, None those of more than IN_MEMORY bytes. A
+            member of an npz or pt file cannot be read by rows.
+        fill: values that mark missing ones, see `orca_rank.data.fields.kept`: those that an HDF5 or zarr array says it
+            has must be among them.
 
     Raises:
         FileNotFoundError: for a missing file. KeyError: for a missing array. ValueError: for another format.
+        ModuleNotFoundError: for zarr where it is not installed.
         DamagedFile: for a file that cannot be read, holds Python objects, or declares an array beyond the limit.
     """
     single = files if isinstance(files, str) else files[0] if len(files) == 1 else None
@@ -60,14 +59,16 @@ def read_arrays(
     if files.endswith(".npy"):
         raise ValueError(f"one .npy file is not enough, expected {FORMATS}; received {files!r}")
     reader = READERS.get((root / files).suffix.lower())
-    if reader is None:  # also of a folder, as zarr's stores are
+    if reader is None:
         raise ValueError(f"cannot read {root / files}: unknown format {(root / files).suffix!r}; expected {FORMATS}")
     path = _there(root / files)
-    if in_memory is False and reader is not read_h5:
+    grouped = reader in (read_h5, read_zarr)
+    if in_memory is False and not grouped:
         raise ValueError(
-            f"{path} cannot be read by rows, as data.in_memory=false asks: save x and y as npy or h5 files"
+            f"{path} cannot be read by rows, as data.in_memory=false asks: save x and y as npy, h5 or zarr files"
         )
-    read: Any = partial(read_h5, in_memory=in_memory, fill=fill) if reader is read_h5 else reader
+    options: dict[str, Any] = {"in_memory": in_memory, "fill": fill} if grouped else {}
+    read = partial(reader, **options)
     names = [x] if y is None else [x, y]
     try:
         arrays = read(path, names)
@@ -78,21 +79,11 @@ def read_arrays(
     return arrays[x], None if y is None else arrays.get(y), files
 
 
-class MissingArray(KeyError):
-    """A file without an array of that name."""
-
-    def __init__(self, path: Path, name: str, found: Sequence[str]) -> None:
-        super().__init__(
-            f"{path} has no array {name!r}; it holds {sorted(found)[:20]}: set the option x or y to its name"
-        )
-        self.name = name
-
-
 def read_npy(path: Path, in_memory: bool | None = True) -> np.ndarray | Rows:
     """The array of an npy file, no larger than the limit and without Python objects, or its rows."""
     with reading(path, MEND), open(path, "rb") as stream:
         shape, fortran, dtype = _header(path, "its array", stream)
-        if not fortran and _by_rows(shape, dtype, in_memory):
+        if not fortran and by_rows(shape, dtype, in_memory):
             return NpyRows(path, shape, dtype, stream.tell())
         check_size(path, "its array", shape, dtype.itemsize)
         stream.seek(0)
@@ -126,65 +117,6 @@ def read_npz(path: Path, names: Sequence[str], mend: str = MEND) -> dict[str, np
         return arrays
 
 
-def read_h5(
-    path: Path, names: Sequence[str], in_memory: bool | None = True, fill: Sequence[float] | None = ()
-) -> dict[str, np.ndarray | Rows]:
-    """The named datasets of an HDF5 file, each no larger than the limit, or its rows; strings as NumPy strings.
-
-    What the attributes of netCDF say of the numbers is not passed over: packed ones are refused, and so are those that
-    stand for missing ones, unless `fill` has them or is None.
-    """
-    with reading(path, MEND):
-        file = h5py.File(path, "r")
-    with file:
-        arrays: dict[str, np.ndarray | Rows] = {}
-        for name in names:
-            with reading(path, MEND):
-                item = file.get(name)
-            if not isinstance(item, h5py.Dataset):
-                raise MissingArray(path, name, h5_names(path, file))
-            with reading(path, MEND):
-                if item.shape is None:
-                    raise ValueError(f"{name!r} is empty")
-                if packed := {
-                    one: item.attrs[one] for one in NEUTRAL if item.attrs.get(one, NEUTRAL[one]) != NEUTRAL[one]
-                }:
-                    raise ValueError(f"{name!r} is packed by its attributes {packed}, which are not undone here")
-                if _by_rows(item.shape, item.dtype, in_memory):
-                    rows = H5Rows(path, item)
-                    _check_marks(name, item, rows.sample(), fill)
-                    arrays[name] = rows
-                    continue
-                check_size(path, repr(name), item.shape, item.dtype.itemsize)
-                if h5py.check_string_dtype(item.dtype) is not None:
-                    arrays[name] = np.asarray(item.asstr()[()], dtype=str)
-                else:
-                    arrays[name] = values = np.asarray(item[()])
-                    _check_marks(name, item, values, fill)
-        return arrays
-
-
-def _check_marks(name: str, item: h5py.Dataset, values: np.ndarray, fill: Sequence[float] | None) -> None:
-    """Refuse numbers that the dataset's own attributes take for missing ones, and `fill` does not."""
-    for mark in ("_FillValue", "missing_value"):
-        for value in np.ravel(item.attrs.get(mark, ())):
-            if fill is None or value in fill or value.dtype.kind not in "iuf":
-                continue
-            if count := int((values == value).sum()):
-                raise ValueError(
-                    f"{name!r} holds {count} values {value:g}, which its attribute {mark} takes for missing ones: set "
-                    f"data.fill={value:g}, or data.fill=none if they are values like the others"
-                )
-
-
-def h5_names(path: Path, file: h5py.File) -> list[str]:
-    """Full names of all datasets of an HDF5 file."""
-    names: list[str] = []
-    with reading(path, MEND):
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names
-
-
 def read_pt(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The named tensors or NumPy arrays of a dictionary, whatever else of plain values it holds; nothing is executed.
 
@@ -216,23 +148,18 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Any]] = {
     ".npz": read_npz,
     ".h5": read_h5,
     ".hdf5": read_h5,
+    ".zarr": read_zarr,
     ".pt": read_pt,
     ".pth": read_pt,
 }
 
 
 def _there(path: Path) -> Path:
-    if not path.is_file():
+    if not (path.is_dir() if path.suffix.lower() == ".zarr" else path.is_file()):
         raise FileNotFoundError(
             f"{path} is missing: set paths.data (or ORCA_RANK_DATA) to the folder that holds it, or give its full path"
         )
     return path
-
-
-def _by_rows(shape: Sequence[int], dtype: np.dtype, in_memory: bool | None) -> bool:
-    """Whether an array of numbers is to be read by rows."""
-    size = math.prod(shape) * dtype.itemsize
-    return dtype.kind in "biuf" and len(shape) > 1 and (size > IN_MEMORY if in_memory is None else not in_memory)
 
 
 def _header(path: Path, name: str, stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -1,4 +1,4 @@
-"""Your own arrays: inputs and targets of any kind from npz, npy, h5 or pt files."""
+"""Your own arrays: inputs and targets of any kind from npz, npy, h5, zarr or pt files."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Arrays(InMemory):
 
     Args:
         root: the data folder.
-        train: an npz, h5 or pt file holding both arrays, or a pair [x.npy, y.npy]; relative to root.
+        train: an npz, h5 or pt file or zarr folder holding both arrays, or a pair [x.npy, y.npy]; relative to root.
         test: the same for a separate test set. Null: test_fraction of the training file is held out; the same file
             again, with test_x and test_y, for npz files that hold both.
         x, y, test_x, test_y: names of the arrays inside the files, train/x for x in the group train; those of the test
@@ -88,9 +88,9 @@ class Arrays(InMemory):
             standardised in any case.
         test_fraction, val_fraction: held out of all, and then of the rest, in the same proportions of `Targets.strata`.
         train_limit: samples for train and val together; null for all. test_limit: of the test set.
-        in_memory: whether x and y are read whole; null: where they have at most 1 GiB. Otherwise numbers of npy and h5
-            files stay there: images, series and fields of any size (classes, vectors and segmentations are read).
-            Their statistics take one pass, a batch its own rows.
+        in_memory: whether x and y are read whole; null: where they have at most 1 GiB. Otherwise numbers of npy, h5
+            and zarr files stay there: images, series and fields of any size (classes, vectors and segmentations are
+            read). Their statistics take one pass, a batch its own rows.
         split_seed: of the splits, limits and pseudo-labels.
         batch_size, seed, statistics, classes: see `InMemory`.
 

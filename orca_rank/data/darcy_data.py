@@ -25,9 +25,10 @@ from threadpoolctl import threadpool_limits
 
 from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
-from orca_rank.data.array_files import MissingArray, read_npz
+from orca_rank.data.array_files import read_npz
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve_all
+from orca_rank.data.groups import MissingArray
 from orca_rank.data.mat_files import read_fields
 
 _LAW = {"low": 3.0, "high": 12.0, "alpha": 2.0, "tau": 3.0, "format": 1}

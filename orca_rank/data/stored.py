@@ -1,7 +1,8 @@
-"""Arrays that stay on disk: rows of npy and HDF5 files, read as they are asked for."""
+"""Arrays that stay on disk: rows of npy, HDF5 and zarr files, read as they are asked for."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from abc import ABC, abstractmethod
@@ -89,6 +90,18 @@ class H5Rows(Rows):
     def read(self, start: int, stop: int) -> np.ndarray:
         with h5py.File(self.path, "r") as file:
             return np.asarray(file[self.name][start:stop])
+
+
+class ZarrRows(Rows):
+    """Those of an array of a zarr group in a folder, which is opened for every read as an HDF5 file is."""
+
+    def __init__(self, path: Path, name: str, array: Any) -> None:
+        super().__init__(path, array.shape, array.dtype)
+        self.name = name
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        group = importlib.import_module("zarr").open_group(self.path, mode="r")
+        return np.asarray(group[self.name][start:stop])
 
 
 class Stored(Tensor):

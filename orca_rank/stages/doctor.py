@@ -31,6 +31,7 @@ EXTRAS = {  # module that tells whether an extra of pyproject.toml is installed 
     "hydra_plugins.hydra_ray_launcher": "ray",
     "hydra_plugins.hydra_optuna_sweeper": "optuna",
     "wandb_workspaces": "dashboard",
+    "zarr": "zarr",
     "tensorboard": "tensorboard",
     "mlflow": "mlflow",
     "mkdocs": "docs",
