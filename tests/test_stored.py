@@ -64,7 +64,7 @@ def test_what_is_read_by_rows_is_what_memory_would_hold(
 ) -> None:
     """The same samples in the same order, to the rounding of statistics; a pass takes many parts, the file has runs."""
     monkeypatch.setattr(stored, "CHUNK", 300)
-    monkeypatch.setattr(normaliser, "_CHUNK", 2400)
+    monkeypatch.setattr(normaliser, "_CHUNK", 300)
     x, y, options = CASES[case]
     files = write(tmp_path, kind, x, y)
     whole, by_rows = (
@@ -91,7 +91,7 @@ def test_every_row_is_read_once_for_the_statistics_and_only_its_own_for_a_batch(
 ) -> None:
     monkeypatch.setattr(stored, "SAMPLE", 4 * 6 * 5 * 8)
     monkeypatch.setattr(stored, "GAP", 1)
-    monkeypatch.setattr(normaliser, "_CHUNK", 8 * 5 * 30)
+    monkeypatch.setattr(normaliser, "_CHUNK", 5 * 30)
     files = write(tmp_path, "npy", FIELDS, FIELDS)
     read: list[int] = []
     take = NpyRows.read

@@ -78,6 +78,8 @@ class ElaLoRA(LoRA):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=like.device))
 
     def _living(self) -> tuple[Float[Tensor, "k d_in"], Float[Tensor, "d_out k"]]:
+        if torch.compiler.is_compiling():  # every slot, the dead at 0: no shape changes as directions move
+            return self.lora_A, self.lora_B * (self.lambdas * self.alive)
         living = self.alive.nonzero().flatten()
         return self.lora_A[living], self.lora_B[:, living] * self.lambdas[living]
 

@@ -14,7 +14,7 @@ import torch
 
 from orca_rank.artifacts.damaged import DamagedFile, check_size, reading
 from orca_rank.artifacts.plain import load_plain
-from orca_rank.data.groups import MissingArray, by_rows, read_h5, read_zarr
+from orca_rank.data.groups import MissingArray, by_rows, fits, read_h5, read_zarr
 from orca_rank.data.stored import MEND, NpyRows, Rows
 
 FORMATS = "x and y in one .npz, .h5/.hdf5 or .pt file or .zarr folder, or a pair [x.npy, y.npy]"
@@ -37,8 +37,8 @@ def read_arrays(
         files: one npz, h5 or pt file (a dictionary of tensors) or zarr folder, or a pair of npy files.
         x, y: names of the two arrays inside the file; train/x is x in the group train.
         optional: do without y where the file has none; x may then be one npy file.
-        in_memory: False leaves numbers of npy, h5 and zarr files on disk, None those of more than IN_MEMORY bytes. A
-            member of an npz or pt file cannot be read by rows.
+        in_memory: False leaves numbers of npy, h5 and zarr files on disk, None those of more than IN_MEMORY bytes
+            together. A member of an npz or pt file cannot be read by rows.
         fill: values that mark missing ones, see `orca_rank.data.fields.kept`: those that an HDF5 or zarr array says it
             has must be among them.
 
@@ -49,13 +49,15 @@ def read_arrays(
     """
     single = files if isinstance(files, str) else files[0] if len(files) == 1 else None
     if single is not None and single.endswith(".npy") and (optional or y is None):
-        return read_npy(_there(root / single), in_memory), None, single
+        path = _there(root / single)
+        return read_npy(path, fits(in_memory, [path.stat().st_size])), None, single
     if not isinstance(files, str):
         if len(files) != 2 or not all(name.endswith(".npy") for name in files):
             raise ValueError(f"expected {FORMATS}; received {list(files)}")
-        paths = [_there(root / name) for name in files]
-        first, second = read_npy(paths[0], in_memory), None if y is None else read_npy(paths[1], in_memory)
-        return first, second, " and ".join(files)
+        paths = [_there(root / name) for name in files][: 1 if y is None else 2]
+        whole = fits(in_memory, (path.stat().st_size for path in paths))
+        read_ones = [read_npy(path, whole) for path in paths]
+        return read_ones[0], None if y is None else read_ones[1], " and ".join(files)
     if files.endswith(".npy"):
         raise ValueError(f"one .npy file is not enough, expected {FORMATS}; received {files!r}")
     reader = READERS.get((root / files).suffix.lower())
@@ -79,7 +81,7 @@ def read_arrays(
     return arrays[x], None if y is None else arrays.get(y), files
 
 
-def read_npy(path: Path, in_memory: bool | None = True) -> np.ndarray | Rows:
+def read_npy(path: Path, in_memory: bool = True) -> np.ndarray | Rows:
     """The array of an npy file, no larger than the limit and without Python objects, or its rows."""
     with reading(path, MEND), open(path, "rb") as stream:
         shape, fortran, dtype = _header(path, "its array", stream)

@@ -88,8 +88,8 @@ class Arrays(InMemory):
             standardised in any case.
         test_fraction, val_fraction: held out of all, and then of the rest, in the same proportions of `Targets.strata`.
         train_limit: samples for train and val together; null for all. test_limit: of the test set.
-        in_memory: whether x and y are read whole; null: where they have at most 1 GiB. Otherwise numbers of npy, h5
-            and zarr files stay there: images, series and fields of any size (classes, vectors and segmentations are
+        in_memory: whether x and y are read whole; null: where both have at most 512 MiB. Otherwise numbers of npy,
+            h5 and zarr files stay there: images, series and fields of any size (classes, vectors and segmentations are
             read). Their statistics take one pass, a batch its own rows.
         split_seed: of the splits, limits and pseudo-labels.
         batch_size, seed, statistics, classes: see `InMemory`.

@@ -6,7 +6,7 @@ import base64
 import importlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ class MissingArray(KeyError):
         self.name = name
 
 
-def by_rows(shape: Sequence[int], dtype: np.dtype, in_memory: bool | None) -> bool:
-    """Whether an array of numbers is to be read by rows."""
-    size = math.prod(shape) * dtype.itemsize
-    return dtype.kind in "biuf" and len(shape) > 1 and (size > IN_MEMORY if in_memory is None else not in_memory)
+def fits(in_memory: bool | None, sizes: Iterable[int]) -> bool:
+    """Whether arrays of so many bytes are to be read whole."""
+    return sum(sizes) <= IN_MEMORY if in_memory is None else in_memory
+
+
+def by_rows(shape: Sequence[int], dtype: np.dtype, in_memory: bool) -> bool:
+    """Whether an array can be read by rows, where it is not to be read whole."""
+    return not in_memory and dtype.kind in "biuf" and len(shape) > 1
 
 
 def read_h5(
@@ -47,20 +51,22 @@ def read_h5(
     with reading(path, MEND):
         file = h5py.File(path, "r")
     with file:
-        arrays: Found = {}
+        items: dict[str, h5py.Dataset] = {}
         for name in names:
             with reading(path, MEND):
-                item = file.get(name)
-            if not isinstance(item, h5py.Dataset):
+                items[name] = file.get(name)
+            if not isinstance(items[name], h5py.Dataset):
                 raise MissingArray(path, name, h5_names(path, file))
-            with reading(path, MEND):
-                if item.shape is None:
-                    raise ValueError(f"{name!r} is empty")
+        arrays: Found = {}
+        with reading(path, MEND):
+            if empty := [name for name, item in items.items() if item.shape is None]:
+                raise ValueError(f"{empty[0]!r} is empty")
+            whole = fits(in_memory, (item.nbytes for item in items.values()))
+            for name, item in items.items():
                 chunk = item.chunks if item.compression else None  # only what is compressed is read by whole chunks
                 text = h5py.check_string_dtype(item.dtype) is not None
-                whole = item.asstr() if text else item
-                rows = H5Rows(path, item)
-                arrays[name] = _numbers(rows, name, whole, item.attrs, in_memory, fill, chunk=chunk, text=text)
+                values, rows = item.asstr() if text else item, H5Rows(path, item)
+                arrays[name] = _numbers(rows, name, values, item.attrs, whole, fill, chunk=chunk, text=text)
         return arrays
 
 
@@ -89,18 +95,21 @@ def read_zarr(
         ) from error
     with reading(path, MEND):
         group = zarr.open_group(path, mode="r")
-    arrays: Found = {}
+    items: dict[str, Any] = {}
     for name in names:
         with reading(path, MEND):
-            item = group.get(name)
-        if not isinstance(item, zarr.Array):
+            items[name] = group.get(name)
+        if not isinstance(items[name], zarr.Array):
             with reading(path, MEND):
                 found = [one for one, member in group.members(max_depth=None) if isinstance(member, zarr.Array)]
             raise MissingArray(path, name, found)
-        with reading(path, MEND):
+    arrays: Found = {}
+    with reading(path, MEND):
+        whole = fits(in_memory, (item.nbytes for item in items.values()))
+        for name, item in items.items():
             _check_codecs(path, name, item.metadata.to_dict())
-            attributes, rows, text = _as_netcdf(item), ZarrRows(path, name, item), item.dtype.kind in "OT"
-            arrays[name] = _numbers(rows, name, item, attributes, in_memory, fill, chunk=item.chunks, text=text)
+            rows, text = ZarrRows(path, name, item), item.dtype.kind in "OT"
+            arrays[name] = _numbers(rows, name, item, _as_netcdf(item), whole, fill, chunk=item.chunks, text=text)
     return arrays
 
 
@@ -109,7 +118,7 @@ def _numbers(
     name: str,
     item: Any,
     attributes: Mapping[str, Any],
-    in_memory: bool | None,
+    in_memory: bool,
     fill: Sequence[float] | None,
     *,
     chunk: Sequence[int] | None,
@@ -128,7 +137,7 @@ def _numbers(
     if by_rows(rows.shape, rows.dtype, in_memory):
         if chunk is not None and math.prod(chunk) * rows.dtype.itemsize > IN_MEMORY:
             raise ValueError(
-                f"{name!r} is stored in chunks {tuple(chunk)} of more than 1 GiB, each of which is read for any row of "
+                f"{name!r} is stored in chunks {tuple(chunk)} of more than 512 MiB, each read for any row of "
                 f"it: write it in chunks of fewer rows"
             )
         _check_marks(name, attributes, rows.sample(), fill)

@@ -20,7 +20,7 @@ from torch import Tensor
 from orca_rank.artifacts.damaged import reading
 from orca_rank.scoring import norms_of
 
-IN_MEMORY = 2**30  # bytes of an array up to which it is read whole, unless data.in_memory says otherwise
+IN_MEMORY = 2**29  # bytes of x and y together up to which they are read whole, unless data.in_memory says otherwise
 SAMPLE = 2**25  # bytes of the rows by which such an array is judged: its kind, its layout, its fill values
 GAP = 4  # rows apart that are read at once, and what lies between them with them
 CHUNK = 2**21  # values of a part in a pass over all rows
@@ -137,6 +137,11 @@ class Stored(Tensor):
         chosen = index if self.chosen is None else self.chosen[index]
         return Stored(self.rows, self.change, (len(index), *self.shape[1:]), self.dtype, chosen, self.fields)
 
+    @property
+    def by_place(self) -> Tensor:
+        """The rows in the order of the file."""
+        return torch.arange(len(self)) if self.chosen is None else torch.from_numpy(np.argsort(self.chosen))
+
     def __getitem__(self, which: Any) -> Tensor:
         if isinstance(which, int):
             return self[which : which + 1 or None][0]
@@ -148,9 +153,8 @@ class Stored(Tensor):
         """Parts of at most `size` rows, and of CHUNK values, in the order of the file; a pass over fields to the end
         leaves the `norms` of the rows, in their own order."""
         step = max(1, min(size, CHUNK // max(1, math.prod(self.shape[1:]))))
-        order = torch.arange(len(self)) if self.chosen is None else torch.from_numpy(np.argsort(self.chosen))
         norms = torch.empty(len(self), dtype=torch.float64)
-        for some in order.split(step):
+        for some in self.by_place.split(step):
             part = self[some]
             if self.fields:
                 norms[some] = norms_of(part)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from orca_rank.normaliser import Normaliser, chunk_of
+from orca_rank.normaliser import Normaliser, by_place, chunk_of, on_disk
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
 MINI_BATCH = 10_000  # above so many samples k-means works on mini-batches
+SAMPLE = 2**28  # bytes of float64 that k-means is fitted on at most: evenly spaced targets where all have more
 SIDE = 8  # cells a side that the class shares of a segmentation are taken in
 
 
@@ -24,7 +25,8 @@ class Labeller:
 
     Fields and vectors are standardised per channel or number first, missing values (NaN) taken for the mean: the
     clusters depend on no unit. Labels of a multi-label task count as 0 and 1, a segmentation as the share of each class
-    in at most 8 × 8 cells.
+    in at most 8 × 8 cells. Of large targets a sample is clustered, and all are looked up a part at a time, so that they
+    may stay on disk.
 
     Args:
         y: targets: (n,) integers, (n, k) or (n, c, H, W) floats, (n, labels) booleans or (n, H, W) classes, those below
@@ -44,12 +46,24 @@ class Labeller:
             method = MiniBatchKMeans if len(y) > MINI_BATCH else KMeans
             self.normaliser = Normaliser.fit(y, "channel") if y.is_floating_point() else None
             self.classes = 0 if self.normaliser is not None or y.ndim < 3 else 1 + int(y.max())
-            self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(self._flat(y))
+            self.means = method(min(clusters, len(y)), n_init=4, random_state=seed).fit(
+                self._flat(self._some(y, clusters))
+            )
 
     def __call__(self, y: Tensor) -> Int[Tensor, " n"]:
         if self.means is None:
             return y.long()
-        return torch.from_numpy(self.means.predict(self._flat(y)).astype(np.int64))
+        found = np.empty(len(y), np.int64)
+        for rows in by_place(y).split(chunk_of(y)):
+            found[rows.numpy()] = self.means.predict(self._flat(y[rows]))
+        return torch.from_numpy(found)
+
+    def _some(self, y: Tensor, clusters: int) -> Tensor:
+        """Evenly spaced targets of SAMPLE bytes, a few of every cluster at least."""
+        width = self.classes * SIDE**2 if self.classes else y[:1].numel()
+        count = max(8 * clusters, SAMPLE // (8 * width))
+        places = torch.linspace(0, len(y) - 1, min(count, len(y)), dtype=torch.float64).long()
+        return y[places] if on_disk(y) or count < len(y) else y
 
     def _flat(self, y: Tensor) -> Float[np.ndarray, "n k"]:
         if self.normaliser is not None:
