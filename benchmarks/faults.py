@@ -91,15 +91,20 @@ EVIDENCE = (
     "finetune.warmup_epochs=0",
 )
 UNALIGNED = "embedder.aligned=false"
+SPECTRA = ("gap=spectra", "gap.samples=16", "gap.tokens=32", "gap.null_splits=2", "gap.sign_draws=2")
 MEASURED = ("rank=proportional", "budget.mean_rank=2")
-ADAPTERS = (
-    *("dora", "dylora", "gated_ibp", "adalora", "pissa", "delta_lora", "flora", "rerandomised", "vera", "loha"),
-    *("bottleneck", "lora_fa", "norm_only", "full", "matryoshka", "elalora", "block_diagonal"),
-)
+ADAPTERS = sorted(path.stem for path in (CONF / "adapter").glob("*.yaml"))
+CURRICULA = sorted(path.stem for path in (CONF / "finetune" / "curriculum").glob("*.yaml"))
 TUNED = {
     "elalora": ("adapter.module.every=2", "adapter.module.tinit=0"),  # so that ranks move in a run this short
+    "adalora": ("adapter.module.target_r=1", "adapter.module.deltaT=1"),
     "block_diagonal": ("budget.mean_rank=2",),  # all that a block of these widths has
+    "delta_lora": ("adapter.module.start=0.3",),
+    "gora": ("gap=gora", "gap.samples=16"),
+    "lora_directions": ("gap=all", *SPECTRA[1:]),
+    "pare": ("finetune.curriculum.drawn=0.5",),
 }
+PRIORS = ("dylora_ibp", "gated_ibp", "gora", "lora_directions", "matryoshka_ibp")  # take something from stage=measure
 CLOCKED = {"seconds", "seconds_this_time", "peak_memory_bytes"}  # what a clock or the allocator says
 LEFT = (".part", ".ckpt", ".lock", "begun.json", "unfinished")  # nothing of these outlives a finished run
 OPERATIONS = ("replace", "fsync", "mkdir", "unlink", "rmdir")
@@ -120,12 +125,11 @@ def cases() -> list[Case]:
     """Every stage, and a spread of adapters: plain, gated, sampled, pruned, of PEFT, quantised, merged, whole."""
     align, measure = ("stage=align",), ("stage=measure",)
     dylora = ("stage=finetune", UNALIGNED, "adapter=dylora", "finetune.tag=one")
-    spectra = ("gap=spectra", "gap.samples=16", "gap.tokens=32", "gap.null_splits=2", "gap.sign_draws=2")
     recipe = "++backbone.recipe={epochs: 3, batch_size: 16, warmup_epochs: 0.5}"
     found = [
         Case("align", align),
         Case("align mmd", ("stage=align", "align=mmd", "align.schedule=batch", "align.patience=1", *FIELDS)),
-        Case("measure", ("stage=measure", UNALIGNED, *spectra)),
+        Case("measure", ("stage=measure", UNALIGNED, *SPECTRA)),
         Case("plan", ("stage=plan", *MEASURED), (align, measure)),
         Case("pretrain", ("stage=pretrain", recipe)),
         Case("on source", ("stage=finetune", UNALIGNED, "backbone.pretrained=on_source", recipe)),
@@ -136,19 +140,21 @@ def cases() -> list[Case]:
         Case("report", ("stage=report",), (align, measure, ("stage=finetune", "finetune.tag=one"))),
     ]
     tuned = ("stage=finetune", UNALIGNED, "layers.qkv=fused")  # as PEFT's adapters ask
-    unaligned = (("stage=measure", UNALIGNED, "layers.qkv=fused"),)  # what gated_ibp takes its prior from
+    for name in ADAPTERS:
+        options = (*tuned[1:], *TUNED.get(name, ()))
+        before = (("stage=measure", *(one for one in options if not one.startswith("adapter."))),)
+        found.append(
+            Case(f"adapter={name}", (*tuned[:1], *options, f"adapter={name}"), before if name in PRIORS else ())
+        )
     found += [
         Case(
-            f"adapter={name}",
-            (*tuned, *TUNED.get(name, ()), f"adapter={name}"),
-            unaligned if name == "gated_ibp" else (),
+            f"curriculum={name}",
+            ("stage=finetune", UNALIGNED, f"finetune/curriculum={name}", *TUNED.get(name, ())),
         )
-        for name in ADAPTERS
+        for name in CURRICULA
     ]
-    pare = ("finetune/curriculum=pare", "finetune.curriculum.drawn=0.5")
     return [
         *found,
-        Case("PaRe", ("stage=finetune", UNALIGNED, *pare)),
         Case("evidence", ("stage=evidence", UNALIGNED, *EVIDENCE)),
         Case("all", ("stage=all", *MEASURED), shows_seconds=("run/report.html",)),
     ]

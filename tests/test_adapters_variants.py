@@ -39,6 +39,7 @@ from orca_rank.adapters import (
     set_memory,
     unmerge,
 )
+from orca_rank.adapters.block_diagonal import gradient_blocks
 from orca_rank.adapters.elastic import reallocate
 from orca_rank.adapters.gated import kumaraswamy_to_beta
 
@@ -575,3 +576,24 @@ def test_options_without_effect_or_meaning_are_refused():
         GatedLoRA(weight, 2, kl_weight=-1.0)
     with pytest.raises(ValueError, match="concentration is of law='stick-breaking' alone"):
         DyLoRA(weight, 2, concentration=3.0)
+
+
+@pytest.mark.parametrize(
+    ("effective", "rank", "shape", "most", "expected"),
+    [
+        (16.0, 2, (64, 64), 16, 8),  # n r = 16
+        (15.9, 2, (64, 64), 16, 4),  # never above the effective rank
+        (100.0, 1, (64, 64), 16, 16),
+        (100.0, 1, (64, 64), 4, 4),
+        (3.0, 4, (64, 64), 16, 1),
+        (0.0, 1, (64, 64), 16, 1),  # of a gradient of zeros
+        (64.0, 2, (36, 64), 16, 4),  # 8 and more do not divide 36
+        (64.0, 16, (32, 64), 16, 2),  # a block of 4 has full rank 8
+    ],
+)
+def test_blocks_follow_the_gradients_effective_rank(
+    effective: float, rank: int, shape: tuple[int, int], most: int, expected: int
+) -> None:
+    assert gradient_blocks(effective, rank, *shape, most) == expected
+    with pytest.raises(ValueError, match="a power of 2, received 6"):
+        gradient_blocks(effective, rank, *shape, 6)

@@ -1,5 +1,6 @@
 """Block-diagonal LoRA: n small LoRAs side by side on the diagonal, with n times the rank at the same parameters."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -8,6 +9,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orca_rank.adapters.lora import LoRA
+
+
+def gradient_blocks(effective_rank: float, rank: int, d_in: int, d_out: int, most: int = 16) -> int:
+    """RaLoRA's n of a layer: the largest power of 2 with n r not above the effective rank of the gradient.
+
+    n = 2^⌊log₂(erank(G)/r)⌋ within 1 … ``most``, erank(G) = exp(H(s/Σs)) of the singular values s (the authors' public
+    code); halved, where their code stops with an error, until n divides both widths and a block has full rank r.
+
+    Args:
+        effective_rank: erank(G), at least 1. rank: r of one block, at least 1.
+
+    Raises:
+        ValueError: unless ``most`` is a power of 2.
+    """
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1 or most & (most - 1):
+        raise ValueError(f"the most blocks must be a power of 2, received {most!r}")
+    # what rounding takes from an effective rank does not halve n
+    n = min(most, 2 ** max(0, math.floor(math.log2(max(effective_rank, 1.0) / rank) + 1e-6)))
+    while n > 1 and (d_in % n or d_out % n or rank > min(d_in, d_out) // n):
+        n //= 2
+    return n
 
 
 class BlockDiagonalLoRA(LoRA):
@@ -21,7 +43,7 @@ class BlockDiagonalLoRA(LoRA):
     Args:
         weight, rank and the rest: as in LoRA; ``rank`` is r, that of one block. kaiming starts every A_j by its own
             width.
-        blocks: n, one for all layers or a mapping layer -> n (RaLoRA chooses them by layer); 1 is LoRA.
+        blocks: n, one for all layers or a mapping layer -> n (RaLoRA's are `gradient_blocks`); 1 is LoRA.
 
     Raises:
         ValueError: unless n divides d_in and d_out, and r is at most the full rank of one block, min(d_in, d_out)/n;

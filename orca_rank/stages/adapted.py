@@ -45,7 +45,8 @@ def adapted_model(config: DictConfig, task: Task) -> Adapted:
     injected = config.adapter.method == "inject"
     layers = layers_of(config, model.body)
     plan = make_plan(config, layers) if injected else None
-    adapter = adapter_module(plain(config.adapter), layers, stage_folder(config, "measure")) if injected else None
+    measured = stage_folder(config, "measure")
+    adapter = None if plan is None else adapter_module(plain(config.adapter), layers, measured, plan)
     trained = {"embedder": config.embedder.train, "predictor": not config.predictor.frozen_on_purpose}
     make_trainable(model, config.adapter.method, plan, adapter, **trained)
     audit(model, config.embedder, config.predictor.frozen_on_purpose)

@@ -262,7 +262,7 @@ def _inputs(config: DictConfig, plan: RankPlan | None, adapter: Mapping[str, Any
     module = config.adapter.get("module") or {}
     if module.get("concentration") == "gaps" or (plan is not None and plan.measurement):
         inputs.append(measured / "layers.json")
-    if adapter is not None and not adapter.keys().isdisjoint(TAKEN):
+    if module.get("blocks") == "gradient" or (adapter and not adapter.keys().isdisjoint(TAKEN)):
         inputs.append(measured / DIRECTIONS)
     return inputs
 

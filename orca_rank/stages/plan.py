@@ -44,7 +44,7 @@ def check_options(config: DictConfig) -> None:
     plan = make_plan(config, layers)
     adapter = plain(config.adapter)
     module = rebuilt(adapter["module"])  # directions are not there before they are measured
-    inject(body, plan, adapter=build(adapter_module({**adapter, "module": module}, layers, Path())))
+    inject(body, plan, adapter=build(adapter_module({**adapter, "module": module}, layers, Path(), plan)))
 
 
 def run(config: DictConfig) -> None:
@@ -69,7 +69,7 @@ def run(config: DictConfig) -> None:
         model,
         config.adapter.method,
         plan,
-        adapter_module(plain(config.adapter), layers, measured.parent) if adapters else None,
+        adapter_module(plain(config.adapter), layers, measured.parent, plan) if plan is not None else None,
         embedder=config.embedder.train,
         predictor=not config.predictor.frozen_on_purpose,
     )

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from orca_rank.adapters import inject, probe
+from orca_rank.adapters.block_diagonal import gradient_blocks
 from orca_rank.backbone import OrcaModel
 from orca_rank.build import build
-from orca_rank.measuring.spectra import load_directions, load_gradients
+from orca_rank.measuring.spectra import load_directions, load_gradients, weight_rank
 from orca_rank.options import one_of
 from orca_rank.ranks import Layer, RankPlan
 from orca_rank.ranks.ibp import concentration
@@ -23,15 +24,18 @@ TAKEN = ("directions", "gradients")  # options that hold what stage=measure stor
 METHODS = ("inject", "full", "norm", "probe")
 
 
-def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured: Path) -> dict[str, Any]:
+def adapter_module(
+    adapter: Mapping[str, Any], layers: Sequence[Layer], measured: Path, plan: RankPlan
+) -> dict[str, Any]:
     """The adapter's module config with what it takes from stage=measure filled in.
 
     Args:
         adapter: its config as plain values. layers: with their measurements. measured: the folder of stage=measure.
+        plan: the ranks that the adapters have.
 
     `concentration: gaps` becomes each layer's α_i = mean · (D_i / D̄)^γ of the IBP prior (adapter.prior), and
     `init: directions` reads the leading directions that the measurement adapter.directions found, `init: gora` the mean
-    gradients.
+    gradients, by whose effective ranks `blocks: gradient` becomes RaLoRA's number of blocks of each layer.
 
     Raises:
         ValueError: if the layers carry no such gap, or no such directions were stored. FileNotFoundError: if none were.
@@ -46,6 +50,19 @@ def adapter_module(adapter: Mapping[str, Any], layers: Sequence[Layer], measured
         module["directions"] = load_directions(measured / DIRECTIONS, adapter["directions"])
     if module.get("init") == "gora":
         module["gradients"] = load_gradients(measured / DIRECTIONS)
+    if module.get("blocks") == "gradient":
+        gradients = load_gradients(measured / DIRECTIONS)
+        module["blocks"] = {
+            layer.name: gradient_blocks(
+                weight_rank(gradients[layer.name]).effective_rank,
+                plan.ranks[layer.name],
+                layer.d_in,
+                layer.d_out,
+                adapter["most_blocks"],
+            )
+            for layer in layers
+            if plan.ranks[layer.name]
+        }
     return module
 
 
@@ -53,6 +70,8 @@ def rebuilt(module: Mapping[str, Any]) -> dict[str, Any]:
     """The adapter's module config where its first values do not matter, as for loading: nothing that
     was measured needs to be at hand."""
     module = {name: value for name, value in module.items() if name not in TAKEN}
+    if module.get("blocks") == "gradient":
+        module["blocks"] = 1
     return {**module, "init": "kaiming"} if module.get("init") in ("directions", "gora") else module
 
 
