@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from shared import TINY_SWIN
+from sklearn.cluster import KMeans
 from torch import Tensor
 
+from orca_rank.data.stored import NpyRows, Stored
 from orca_rank.measuring.classes import Labeller
 from orca_rank.stages import align
 from orca_rank.training import align as training
@@ -170,6 +174,30 @@ def test_dense_targets_get_cluster_labels() -> None:
     assert len(labels.unique()) == 3
     few = Labeller(fields[:2], 10, 0)(fields[:2])
     assert few.shape == (2,)
+
+
+def test_a_sample_of_large_fields_is_clustered_and_all_get_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In memory and on disk, in whatever order, the same; k-means sees no more than it is allowed to."""
+    fields = torch.randn(600, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.1
+    fields += torch.arange(600).view(-1, 1, 1, 1) % 3 * 5
+    np.save(tmp_path / "y.npy", fields.numpy())
+    rows = NpyRows(tmp_path / "y.npy", fields.shape, np.dtype(np.float32), os.path.getsize(tmp_path / "y.npy") - 38400)
+    stored = Stored(rows, lambda part, _: torch.from_numpy(part), fields.shape, torch.float32)
+    order = np.random.default_rng(0).permutation(600)
+    monkeypatch.setattr("orca_rank.measuring.classes.SAMPLE", 8 * 16 * 50)
+    monkeypatch.setattr("orca_rank.normaliser._CHUNK", 16 * 70)
+    seen: list[int] = []
+    fit = KMeans.fit
+    monkeypatch.setattr(KMeans, "fit", lambda self, x: (seen.append(len(x)), fit(self, x))[1])
+    labels = Labeller(fields, 3, 0)(fields)
+    assert all(len(labels[k::3].unique()) == 1 for k in range(3)) and len(labels.unique()) == 3
+    assert torch.equal(Labeller(stored, 3, 0)(stored), labels)
+    some = stored.only(order)
+    labels = Labeller(some, 3, 0)(some)
+    assert all(len(labels[torch.from_numpy(order % 3 == k)].unique()) == 1 for k in range(3))
+    assert seen == [50, 50, 50]
 
 
 @pytest.mark.parametrize("minibatch", [False, True])

@@ -218,7 +218,7 @@ def test_what_adapters_take_from_measure(composed: Callable[..., DictConfig], ad
     if adapter == "block_diagonal":  # of full effective rank: as many as have the plan's rank 2
         blocks = metrics["adapter_module"]["blocks"]
         assert blocks == {layer.name: min(layer.d_in, layer.d_out) // 2 for layer in layers}
-        assert str(measured / "directions.safetensors").endswith(tuple(metrics["inputs"]))
+        assert "../measure/directions.safetensors" in metrics["inputs"]
     elif adapter not in ("lora_directions", "gora"):
         alphas = metrics["adapter_module"]["concentration"]
         mean = config.adapter.prior.mean
