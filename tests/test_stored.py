@@ -98,8 +98,8 @@ def test_every_row_is_read_once_for_the_statistics_and_only_its_own_for_a_batch(
     monkeypatch.setattr(NpyRows, "read", lambda self, a, b: (read.extend(range(a, b)), take(self, a, b))[1])
     data = Arrays(root=tmp_path, train=files, in_memory=False, batch_size=4)
     train = len(data.parts.train[0])
-    # x: a sample, the first rows and one pass over the training part; y: the same, its kind, and norms of val and test.
-    assert len(read) == (4 + 5 + train) + (4 + 4 + 5 + 60)
+    # x: a sample, the first rows and one pass over the training part; y: the same, and norms of val and test.
+    assert len(read) == (4 + 5 + train) + (4 + 5 + 60)
     read.clear()
     next(iter(data.loader("val")))
     assert len(read) == 2 * 4

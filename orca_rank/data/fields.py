@@ -120,7 +120,7 @@ def kept_or_stored(
     """
     if isinstance(x, np.ndarray):
         return kept(arrange(x), fill, name, option, per)
-    like = kept(arrange(x.sample()), fill, name, option, per)
+    like = kept(arrange(x.sample), fill, name, option, per)
     dtype = torch.float32 if fill and like.dtype == torch.uint8 else like.dtype
     numbers = {torch.uint8: np.uint8, torch.float32: np.float32, torch.float64: np.float64}[dtype]
 

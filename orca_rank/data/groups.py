@@ -140,7 +140,7 @@ def _numbers(
                 f"{name!r} is stored in chunks {tuple(chunk)} of more than 512 MiB, each read for any row of "
                 f"it: write it in chunks of fewer rows"
             )
-        _check_marks(name, attributes, rows.sample(), fill)
+        _check_marks(name, attributes, rows.sample, fill)
         return rows
     check_size(rows.path, repr(name), rows.shape, rows.dtype.itemsize)
     values = np.asarray(item[()], dtype=str if text else None)

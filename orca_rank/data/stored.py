@@ -7,6 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ class Rows(ABC):
                 found[places] = self.read(start, int(index[places[-1]]) + 1)[index[places] - start]
         return found
 
+    @cached_property
     def sample(self) -> np.ndarray:
-        """Evenly spaced rows of SAMPLE bytes in all, at least two."""
+        """Evenly spaced rows of SAMPLE bytes in all, at least two; kept, since each may cost a chunk of the file."""
         row = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
         places = np.linspace(0, len(self) - 1, max(2, min(len(self), SAMPLE // row)))
         return self.take(np.unique(places.astype(np.int64)))

@@ -69,7 +69,7 @@ class Reading:
         if y.ndim == 0 or len(y) != len(x):
             raise ValueError(f"targets {name} have shape {y.shape}: expected {len(x)} of them, one for every input")
         grid = (x.shape[2], x.shape[3])
-        kind = kind_of(y if isinstance(y, np.ndarray) else y.sample(), grid, name, self.task, known)
+        kind = kind_of(y if isinstance(y, np.ndarray) else y.sample, grid, name, self.task, known)
         if kind == "dense":
             return Targets(kind, self._fields(y, grid, name))
         y = y if isinstance(y, np.ndarray) else y.read(0, len(y))
