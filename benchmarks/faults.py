@@ -101,7 +101,7 @@ TUNED = {
     "block_diagonal": ("budget.mean_rank=2",),  # all that a block of these widths has
     "delta_lora": ("adapter.module.start=0.3",),
     "gora": ("gap=gora", "gap.samples=16"),
-    "lora_directions": ("gap=all", *SPECTRA[1:]),
+    "lora_directions": SPECTRA,
     "pare": ("finetune.curriculum.drawn=0.5",),
 }
 PRIORS = ("dylora_ibp", "gated_ibp", "gora", "lora_directions", "matryoshka_ibp")  # take something from stage=measure
