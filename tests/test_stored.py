@@ -105,6 +105,40 @@ def test_every_row_is_read_once_for_the_statistics_and_only_its_own_for_a_batch(
     assert len(read) == 2 * 4
 
 
+def test_what_a_pass_has_found_is_not_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a file was written, an option is another, or what was kept is of no use."""
+    monkeypatch.setattr(stored, "SAMPLE", 4 * 6 * 5 * 8)
+    files = write(tmp_path, "npy", FIELDS, FIELDS)
+    read: list[int] = []
+    take = NpyRows.read
+    monkeypatch.setattr(NpyRows, "read", lambda self, a, b: (read.extend(range(a, b)), take(self, a, b))[1])
+
+    def rows_read(**options: Any) -> tuple[int, Arrays]:
+        read.clear()
+        data = Arrays(root=tmp_path, train=files, in_memory=False, cache=tmp_path / "cache", **options)
+        data.setup()
+        return len(read), data
+
+    every, first = rows_read()
+    sample, again = rows_read()
+    assert every > len(FIELDS) and sample <= 2 * 4 + 2 * stored.GAP
+    assert again.task.to_dict() == first.task.to_dict() and again.notes == first.notes
+    for mine, other in ((again.parts.inputs, first.parts.inputs), (again.task.normaliser, first.task.normaliser)):
+        assert mine is not None and other is not None
+        assert torch.equal(mine.mean, other.mean) and torch.equal(mine.std, other.std)
+        assert mine.mean.dtype == other.mean.dtype
+    for options in ({"normalise": "pixel"}, {"split_seed": 1}, {"train_limit": 20}):
+        assert rows_read(**options)[0] > 20 and rows_read(**options)[0] == sample
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-8])
+    assert rows_read(train_limit=20)[0] > 20
+    write(tmp_path, "npy", FIELDS + 1.0, FIELDS)
+    os.utime(tmp_path / "x.npy", ns=(1, 1))
+    changed, anew = rows_read()
+    assert changed == every
+    torch.testing.assert_close(anew.parts.inputs.mean, first.parts.inputs.mean + 1.0)
+
+
 def test_the_rest_of_a_tensor_on_disk_is_refused_in_one_sentence(tmp_path: Path) -> None:
     files = write(tmp_path, "npy", FIELDS, FIELDS)
     x = Arrays(root=tmp_path, train=files, in_memory=False).parts.train[0]

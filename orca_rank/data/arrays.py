@@ -12,11 +12,12 @@ from torch import Tensor
 
 from orca_rank.artifacts.provenance import contents_hash
 from orca_rank.data.array_files import read_arrays
-from orca_rank.data.checks import check_inputs, check_targets, seen
+from orca_rank.data.checks import Loaded, check_inputs, check_targets, seen
 from orca_rank.data.fields import LAYOUTS
 from orca_rank.data.labels import Class, check_counts, renamed, renaming
 from orca_rank.data.module import Encode, InMemory, Parts, check_choice, check_fraction, check_whole
 from orca_rank.data.pseudo import pseudo_labels
+from orca_rank.data.remembered import Judged, place_of, remembered
 from orca_rank.data.splits import covered, limited, stratified_order, take_test, take_validation
 from orca_rank.data.stored import Stored
 from orca_rank.data.targets import Reading, Targets
@@ -91,6 +92,8 @@ class Arrays(InMemory):
         in_memory: whether x and y are read whole; null: where both have at most 512 MiB. Otherwise numbers of npy,
             h5 and zarr files stay there: images, series and fields of any size (classes, vectors and segmentations are
             read). Their statistics take one pass, a batch its own rows.
+        cache: folder for the statistics of files that stay on disk, so that the next stage does not read all of them
+            again; null: none.
         split_seed: of the splits, limits and pseudo-labels.
         batch_size, seed, statistics, classes: see `InMemory`.
 
@@ -122,6 +125,7 @@ class Arrays(InMemory):
         train_limit: int | None = None,
         test_limit: int | None = None,
         in_memory: bool | None = None,
+        cache: str | Path | None = None,
         split_seed: int = 0,
         batch_size: int = 32,
         seed: int = 0,
@@ -154,12 +158,21 @@ class Arrays(InMemory):
         self.reading = Reading(channels, y_channels, _fill_values(fill), normalise, series, task)
         self.test_fraction, self.val_fraction, self.split_seed = test_fraction, val_fraction, split_seed
         self.train_limit, self.test_limit, self.in_memory = train_limit, test_limit, in_memory
+        self.options = [
+            *(x, y, test_x, test_y, labels, clusters, task, series, channels, y_channels, fill, normalise),
+            *(test is None, test_fraction, val_fraction, train_limit, test_limit, split_seed),
+        ]
+        self.cache = None if cache is None else Path(cache)
 
     @property
     def contents(self) -> str:
         """What the files hold; of one of more than 1 GiB, its size and blocks of it all along stand for that."""
+        return contents_hash(self._files, sampled=True)
+
+    @property
+    def _files(self) -> list[Path]:
         parts = [[part] if isinstance(part, str) else part for part in (self.train, self.test) if part is not None]
-        return contents_hash([self.root / name for part in parts for name in part], sampled=True)
+        return [self.root / name for part in parts for name in part]
 
     def load(self) -> Parts:
         everything = self._read(self.train, self.x, self.y)
@@ -183,13 +196,22 @@ class Arrays(InMemory):
             test = other.take(limited(test_order, self.test_limit, "test_limit"))
         train, val = covered(train, val, labels)
         parts = {"train": everything.take(train), "val": everything.take(val), "test": test}
-        raw = self.normalise == "none" and self.given is None
-        inputs = None if raw else self.inputs(parts["train"][0], self.normalise)
-        notes += check_inputs(parts, inputs) + seen(parts, self.test or self.train)
-        task = targets.task(everything.x, parts["train"][1], self.normalise)
-        notes += check_targets(parts, task)
-        encode = (inputs or _AS_IT_IS).encode
-        return Parts(task, parts["train"], parts["val"], test, encode, inputs=inputs, notes=tuple(dict.fromkeys(notes)))
+        if isinstance(everything.x, Stored) and self.cache is not None and self.given is None:
+            place = place_of(self.cache, self._files, self.options, self.contents)
+            found = remembered(place, lambda: self._judge(parts, targets))
+        else:
+            found = self._judge(parts, targets)
+        encode = (found.inputs or _AS_IT_IS).encode
+        said = tuple(dict.fromkeys([*notes, *found.notes]))
+        return Parts(found.task, parts["train"], parts["val"], test, encode, inputs=found.inputs, notes=said)
+
+    def _judge(self, parts: Loaded, targets: Targets) -> Judged:
+        """Statistics and notes, by passes over all rows."""
+        x, y = parts["train"]
+        inputs = None if self.normalise == "none" and self.given is None else self.inputs(x, self.normalise)
+        notes = check_inputs(parts, inputs) + seen(parts, self.test or self.train)
+        task = targets.task(x, y, self.normalise)
+        return Judged(task, inputs, (*notes, *check_targets(parts, task)))
 
     def everything(self) -> tuple[Tensor, Tensor | None]:
         samples = self._read(self.train, self.x, self.y, optional=True)

@@ -1,0 +1,67 @@
+"""What passes over data that stay on disk have found, kept for the processes that read the same data later."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from orca_rank.artifacts.files import write_tensors
+from orca_rank.artifacts.provenance import key
+from orca_rank.normaliser import Normaliser
+from orca_rank.task import Task
+
+_FORMAT = 1  # another one once what is found is another
+
+
+class Judged(NamedTuple):
+    """Of loaded data: the task with its statistics, those of the inputs, notes; see `orca_rank.data.module.Parts`."""
+
+    task: Task
+    inputs: Normaliser | None
+    notes: tuple[str, ...]
+
+
+def place_of(folder: Path, files: Sequence[Path], options: Any, contents: str) -> Path:
+    """The file for what is found in some files, read with these options; another one as soon as a file was written.
+
+    Args:
+        contents: a hash of what they hold, which need not see every byte.
+    """
+    when = [_written(file) for file in files]
+    return folder / f"statistics-{key([_FORMAT, options, contents, when])}.safetensors"
+
+
+def _written(path: Path) -> list[int]:
+    """Sizes and times of a file, or of all that a folder holds."""
+    below = [Path(place, name) for place, _, names in os.walk(path) for name in sorted(names)] or [path]
+    return [number for one in below for number in (one.stat().st_size, one.stat().st_mtime_ns)]
+
+
+def remembered(path: Path, judge: Callable[[], Judged]) -> Judged:
+    """What `judge` finds, from `path` where it was found before; left there otherwise."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+            values = json.loads((stream.metadata() or {})["judged"])
+        inputs, outputs = (
+            Normaliser(tensors[f"{name}.mean"], tensors[f"{name}.std"]) if f"{name}.mean" in tensors else None
+            for name in ("inputs", "outputs")
+        )
+        return Judged(Task.from_dict(values["task"], outputs), inputs, tuple(values["notes"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or of no use
+        found = judge()
+    both = {"inputs": found.inputs, "outputs": found.task.normaliser}
+    statistics = {
+        f"{name}.{part}": getattr(one, part)
+        for name, one in both.items()
+        if one is not None
+        for part in ("mean", "std")
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, statistics, {"judged": json.dumps({"task": found.task.to_dict(), "notes": list(found.notes)})})
+    return found
