@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,14 @@ def read(path: Path) -> Run:
 
 
 def read_all(folder: Path) -> list[Run]:
-    """Every offline run below a folder, in the order in which they ended; folders say the second alone."""
+    """Every offline run below a folder, in the order in which they ended; folders say the second alone.
+
+    W&B's own process may still be writing when its run has ended: a file is read once its end stands in it, or when
+    none has come for a while, as after a kill.
+    """
+    patience = time.monotonic() + 10
+    while any(read(path).exit is None for path in folder.rglob("*.wandb")) and time.monotonic() < patience:
+        time.sleep(0.05)
     return [read(path) for path in sorted(folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns)]
 
 
