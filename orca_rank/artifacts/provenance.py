@@ -26,6 +26,8 @@ IGNORED_KEYS = frozenset(
 # Options younger than results that lie about, and the value that stands for what was done without them: such results
 # are not of other options.
 SINCE = {
+    "adapter.most_blocks": 16,
+    "rule.adapter.most_blocks": 16,  # of an arm of the evidence
     "finetune.reduction": "mean",
     "gap.measurements.mean_gradient": False,
     "gap.measurements.whitened_gradient": False,
