@@ -354,7 +354,7 @@ def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapt
     folder = tmp_path / "two" / "finetune" / "mine"
     same_results(Path(one.paths.runs) / "one" / "finetune" / "mine", folder)
     left = {path.name for path in folder.iterdir()}
-    assert left == {"metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "log"}
+    assert left == {"metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "log", "command.txt"}
 
 
 @pytest.mark.slow
