@@ -42,7 +42,7 @@ const mark = box => {
   box.classList.toggle("wide", hidden > 1);
   box.classList.toggle("more", hidden - box.scrollLeft > 1);
 };
-const sizes = new ResizeObserver(entries => { for (const entry of entries) mark(entry.target); });
+const sizes = new ResizeObserver(entries => requestAnimationFrame(() => { for (const entry of entries) mark(entry.target); }));
 for (const box of document.querySelectorAll(".frame, .scroll, .next code")) {
   sizes.observe(box);
   box.addEventListener("scroll", () => mark(box), { passive: true });
