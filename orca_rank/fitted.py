@@ -15,9 +15,10 @@ from orca_rank.artifacts.damaged import reading
 from orca_rank.artifacts.files import read_json, read_record, read_tensors
 from orca_rank.backbone import OrcaModel, create_model, weights_hash
 from orca_rank.build import build_read
+from orca_rank.normaliser import Normaliser, take_named
 from orca_rank.predictors.orca import orca
 from orca_rank.ranks import RankPlan
-from orca_rank.task import Normaliser, Task
+from orca_rank.task import Task
 
 
 class Fitted(nn.Module):
@@ -100,8 +101,8 @@ def load(run_folder: str | Path, tag: str | None = None, trust: Collection[str] 
         # Runs from before predictors could be chosen have ORCA's.
         head = config["predictor"].get("module")
         start, expected = backbone["config"], backbone["hash"]
-        task = Task.from_dict(metrics["task"], _statistics(tensors, "normaliser"))
-        inputs = _statistics(tensors, "inputs")
+        task = Task.from_dict(metrics["task"], take_named(tensors, "normaliser"))
+        inputs = take_named(tensors, "inputs")
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # where the backbone's weights were random, they are drawn again
         predictor = orca if head is None else build_read(head, "predictors", trust, str(path))
@@ -122,13 +123,6 @@ def load(run_folder: str | Path, tag: str | None = None, trust: Collection[str] 
             f"{result.unexpected_keys[:3]}; run `{command('stage=finetune', 'force=true')}`"
         )
     return Fitted(model, task, metrics, inputs).eval().requires_grad_(False)
-
-
-def _statistics(tensors: dict[str, Tensor], name: str) -> Normaliser | None:
-    """The statistics of this name, taken out of the tensors of a fine-tune, if they are among them."""
-    if f"{name}.mean" not in tensors:
-        return None
-    return Normaliser(tensors.pop(f"{name}.mean"), tensors.pop(f"{name}.std"))
 
 
 def chosen_folder(folder: Path, tag: str | None) -> Path:

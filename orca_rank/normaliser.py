@@ -144,6 +144,19 @@ class Normaliser:
         return cls(torch.as_tensor(values["mean"]), torch.as_tensor(values["std"]))
 
 
+def named(statistics: Mapping[str, Normaliser | None]) -> dict[str, Tensor]:
+    """{"inputs": a normaliser} as tensors {"inputs.mean", "inputs.std"}, for a file."""
+    known = {name: one.to_dict() for name, one in statistics.items() if one is not None}
+    return {f"{name}.{part}": value for name, own in known.items() for part, value in own.items()}
+
+
+def take_named(tensors: dict[str, Tensor], name: str) -> Normaliser | None:
+    """The normaliser of this name, taken out of what `named` gave, or what holds it beside others."""
+    if f"{name}.mean" not in tensors:
+        return None
+    return Normaliser(tensors.pop(f"{name}.mean"), tensors.pop(f"{name}.std"))
+
+
 def axes_of(per: str, ndim: int) -> tuple[int, ...]:
     """The axes of samples (n, c, ...) that share one mean: all but that of the channels, or that of the samples."""
     return (0,) if per == "pixel" else (0, *range(2, ndim))

@@ -46,13 +46,13 @@ def contents_hash(paths: Sequence[Path], *, sampled: bool = False) -> str:
     there = [path.is_file() or (path.suffix.lower() == ".zarr" and path.is_dir()) for path in paths]
     return key(
         [
-            _hash_as_of(path, _changed(path), sampled) if here else "missing"
+            _hash_as_of(path, changed(path), sampled) if here else "missing"
             for path, here in zip(paths, there, strict=True)
         ]
     )
 
 
-def _changed(path: Path) -> int:
+def changed(path: Path) -> int:
     """A number that is another once a file was changed, or anything in a folder: the sum of when each was, last."""
     below = [Path(place, name) for place, folders, files in _walk(path) for name in folders + files]
     return sum(one.stat().st_mtime_ns for one in (path, *below) if one.exists())
@@ -63,7 +63,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 @functools.cache
-def _hash_as_of(path: Path, changed: int, sampled: bool = False) -> str:
+def _hash_as_of(path: Path, when: int, sampled: bool = False) -> str:
     """The stages of one process, and many results made from one file, ask for the same hash again and again."""
     files = sorted(Path(place, name) for place, _, names in _walk(path) for name in names) if path.is_dir() else [path]
     sizes = [file.stat().st_size for file in files]

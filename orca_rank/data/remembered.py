@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from orca_rank.artifacts.files import write_tensors
-from orca_rank.artifacts.provenance import key
-from orca_rank.normaliser import Normaliser
+from orca_rank.artifacts.provenance import changed, key
+from orca_rank.normaliser import Normaliser, named, take_named
 from orca_rank.task import Task
 
 _FORMAT = 1  # another one once what is found is another
@@ -32,14 +31,8 @@ def place_of(folder: Path, files: Sequence[Path], options: Any, contents: str) -
     Args:
         contents: a hash of what they hold, which need not see every byte.
     """
-    when = [_written(file) for file in files]
+    when = [changed(file) for file in files]
     return folder / f"statistics-{key([_FORMAT, options, contents, when])}.safetensors"
-
-
-def _written(path: Path) -> list[int]:
-    """Sizes and times of a file, or of all that a folder holds."""
-    below = [Path(place, name) for place, _, names in os.walk(path) for name in sorted(names)] or [path]
-    return [number for one in below for number in (one.stat().st_size, one.stat().st_mtime_ns)]
 
 
 def remembered(path: Path, judge: Callable[[], Judged]) -> Judged:
@@ -48,20 +41,11 @@ def remembered(path: Path, judge: Callable[[], Judged]) -> Judged:
         with safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
             values = json.loads((stream.metadata() or {})["judged"])
-        inputs, outputs = (
-            Normaliser(tensors[f"{name}.mean"], tensors[f"{name}.std"]) if f"{name}.mean" in tensors else None
-            for name in ("inputs", "outputs")
-        )
+        inputs, outputs = take_named(tensors, "inputs"), take_named(tensors, "outputs")
         return Judged(Task.from_dict(values["task"], outputs), inputs, tuple(values["notes"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # not there, or of no use
         found = judge()
-    both = {"inputs": found.inputs, "outputs": found.task.normaliser}
-    statistics = {
-        f"{name}.{part}": getattr(one, part)
-        for name, one in both.items()
-        if one is not None
-        for part in ("mean", "std")
-    }
+    statistics = named({"inputs": found.inputs, "outputs": found.task.normaliser})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, statistics, {"judged": json.dumps({"task": found.task.to_dict(), "notes": list(found.notes)})})
     return found

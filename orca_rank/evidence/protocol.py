@@ -7,7 +7,6 @@ own; what is compared runs at one rate for a task and budget.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,25 +91,24 @@ class Waiting(Exception):
 def pending(protocol: Protocol, rows: Sequence[Row]) -> list[Point]:
     """The points that can run now and have not; none when the evidence is complete."""
     done = {row.point for row in rows}
-    found: list[Point] = []
-    for task in protocol.tasks:
-        try:
-            for points in _of_task(protocol, task, rows, done):
-                found += [point for point in points if point not in done]
-        except Waiting as waiting:
-            found += waiting.points
-    return found
+    return [point for point in _known(protocol, rows, done) if point not in done]
 
 
 def asked_for(protocol: Protocol, rows: Sequence[Row]) -> list[Row]:
     """The rows of the protocol as it is now; those at learning rates that are no longer the best, since a grid has
     grown, or of seeds that it no longer has, are left out."""
-    wanted: set[Point] = set()
-    for task in protocol.tasks:
-        with contextlib.suppress(Waiting):
-            for points in _of_task(protocol, task, rows, {row.point for row in rows}):
-                wanted.update(points)
+    wanted = {*_known(protocol, rows, {row.point for row in rows})}
     return [row for row in rows if row.part == "rates" or row.point in wanted]
+
+
+def _known(protocol: Protocol, rows: Sequence[Row], done: set[Point]) -> Iterator[Point]:
+    """The points of all tasks, done or not, as far as they are known from these rows."""
+    for task in protocol.tasks:
+        try:
+            for points in _of_task(protocol, task, rows, done):
+                yield from points
+        except Waiting as waiting:
+            yield from waiting.points
 
 
 def _of_task(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point]) -> Iterator[list[Point]]:

@@ -126,8 +126,10 @@ def _more_or_fewer(rows: Sequence[Row], tasks: Sequence[str], rank: int, arm: st
         {row.task: row.parameters for row in rows if (row.part, row.rank, row.rule) == ("arms", rank, name)}
         for name in (arm, against)
     )
-    odd = [task for task in tasks if task in first and task in second and abs(first[task] / second[task] - 1) > 0.02]
-    return "; ".join(f"trains {first[task]:,} parameters to {second[task]:,}" for task in odd[:1])
+    for task in tasks:
+        if task in first and task in second and abs(first[task] / second[task] - 1) > 0.02:
+            return f"trains {first[task]:,} parameters to {second[task]:,}"
+    return ""
 
 
 def gap_against_shuffled(

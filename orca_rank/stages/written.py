@@ -11,6 +11,7 @@ from torch import Tensor
 from orca_rank import adapters
 from orca_rank.artifacts.files import write_json, write_tensors
 from orca_rank.backbone import OrcaModel
+from orca_rank.normaliser import named
 from orca_rank.ranks import RankPlan
 from orca_rank.task import Task
 from orca_rank.training.finetune import trained_tensors
@@ -26,8 +27,8 @@ def write_model(
     tensors = trained_tensors(model)
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
-        scales = {name: adapter.scale for name, adapter in adapters.adapters(model.body).items()}
         found = adapters.adapters(model.body)
+        scales = {name: adapter.scale for name, adapter in found.items()}
         moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
         ended = {"ranks_at_the_end": moved} if moved else {}
         write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
@@ -35,7 +36,6 @@ def write_model(
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:
             console.print(f"no adapter/ in PEFT's layout: {error}")
-    if task.normaliser is not None:
-        tensors |= {"normaliser.mean": task.normaliser.mean, "normaliser.std": task.normaliser.std}
+    tensors |= named({"normaliser": task.normaliser})
     tensors |= {f"inputs.{name}": value for name, value in statistics.items()}
     write_tensors(folder / "model.safetensors", tensors)

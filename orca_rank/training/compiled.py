@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
@@ -17,6 +17,7 @@ from orca_rank.backbone.families import feature_info
 from orca_rank.data.shares import sizes_of
 from orca_rank.options import one_of
 from orca_rank.processes import world
+from orca_rank.training.forwards import replace_forward
 
 BLOCK = re.compile(r"(.*\.)?blocks\.\d+")
 VARIANTS = 256  # blocks of one class share what was compiled: one for every width, mask, rank, batch size and mode
@@ -52,21 +53,13 @@ def compiled(body: nn.Module, backend: str | None) -> Iterator[None]:
     if backend is None:
         yield
         return
-    blocks = blocks_of(body)
-    before = [vars(block).get("forward") for block in blocks]
     limits = torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS)
-    try:
-        with limits:
-            for block in blocks:
-                vars(block)["forward"] = torch.compile(block.forward, backend=backend)
-            yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = forward
-        torch._dynamo.reset()
+    with ExitStack() as undo:
+        undo.callback(torch._dynamo.reset)
+        undo.enter_context(limits)
+        for block in blocks_of(body):
+            undo.callback(replace_forward(block, torch.compile(block.forward, backend=backend)))
+        yield
 
 
 class Trial(Callback):

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from orca_rank.backbone import OrcaModel
 from orca_rank.backbone.families import feature_info
+from orca_rank.measuring.passes import watch
+from orca_rank.training.forwards import replace_forward
 from orca_rank.words import size
 
 GIB = 2**30
@@ -95,9 +97,7 @@ class FrozenPrefix(Callback):
             return
         for name in names:
             stage = body.get_submodule(name)
-            before = vars(stage).get("forward")
-            vars(stage)["forward"] = partial(self._stage, name, stage.forward)
-            self.undo.append(partial(_restore, stage, before))
+            self.undo.append(replace_forward(stage, partial(self._stage, name, stage.forward)))
         self.undo.append(model.register_forward_pre_hook(lambda _, args: self._know(args[0])).remove)
         self.undo.append(model.register_forward_hook(lambda *_: self._forget()).remove)
         kept = size(sum(values.nbytes for values in self.kept.values()))
@@ -107,26 +107,20 @@ class FrozenPrefix(Callback):
         """Fill what is kept; False, and nothing is, where it would be too much or a stage gives something else."""
         found: dict[str, Tensor] = {}
         stages = {name: model.body.get_submodule(name) for name in wanted}
-        hooks = [
-            stage.register_forward_hook(lambda _, args, out, name=name: found.update({name: out}))
-            for name, stage in stages.items()
-        ]
         training = model.training
         model.eval()
         try:
-            for x in self._inputs():
-                ready = prepare(x)
-                with torch.no_grad():
+            with torch.no_grad(), watch(stages, lambda name, _, out: found.update({name: out})):
+                for x in self._inputs():
+                    ready = prepare(x)
                     model.body(model.embedder(ready))
-                if not all(isinstance(found.get(n), Tensor) and len(found[n]) == len(x) for n in wanted):
-                    return False  # a family whose stages give more than tokens, sample by sample
-                self._keep(ready, found)
+                    if not all(isinstance(found.get(n), Tensor) and len(found[n]) == len(x) for n in wanted):
+                        return False  # a family whose stages give more than tokens, sample by sample
+                    self._keep(ready, found)
         except _TooMuchError as error:
             self.say(str(error))
             return False
         finally:
-            for hook in hooks:
-                hook.remove()
             model.train(training)
         return bool(self.rows)
 
@@ -192,10 +186,3 @@ class FrozenPrefix(Callback):
 
 class _TooMuchError(Exception):
     """What would be kept is more than may be."""
-
-
-def _restore(stage: nn.Module, before: Any) -> None:
-    if before is None:
-        del vars(stage)["forward"]
-    else:
-        vars(stage)["forward"] = before
