@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from orca_rank.artifacts.files import write_csv
 from orca_rank.evidence.claims import claims
 from orca_rank.evidence.compare import Estimate, crossed, half_width, holm, paired, pooled
 from orca_rank.evidence.curves import grows_with_gap, ranks_matter, recommended
@@ -401,6 +405,26 @@ def test_an_arm_is_compared_with_the_first_in_per_cent_of_its_error() -> None:
     (claim,) = rules_against_uniform(more, ["far"], 2, "arms", "lora")
     assert claim.note == "trains 2,000 parameters to 1,000"
     assert claim.verdict == "supported" and claim.estimate == pytest.approx(-10, abs=0.2)
+
+
+def test_classes_are_also_compared_in_cross_entropy(tmp_path: Path) -> None:
+    """The verdict is that of the errors; what the cross-entropies say stands beside it, also read from a file."""
+    rows = []
+    for seed in range(4):
+        for rule, shift, loss in (("lora", 0.0, 2.0), ("dora", 0.01 * (-1) ** seed, 1.8)):
+            arm = Row("arms", "near", rule, 2, seed, 0, 3e-3, 3e-3, 0.2, 0.2 + shift, 1, 1.0, loss)
+            rows += [arm, *(replace(arm, part="gate", rule="uniform", rank=r, cross_entropy=2 / r) for r in (1, 16))]
+    plain = answer(Point("gate", "far", "uniform", 1, 0, 0, 0.1, 0.1))
+    write_csv(tmp_path / "evidence.csv", [row.to_dict() for row in [*rows, plain]])
+    with open(tmp_path / "evidence.csv", newline="") as stream:
+        *back, without = [Row.from_dict(line) for line in csv.DictReader(stream)]
+    assert back == rows and math.isnan(without.cross_entropy)
+    (claim,) = rules_against_uniform(back, ["near"], 2, "arms", "lora")
+    assert (claim.verdict, claim.note) == ("undecided", "cross-entropy -10.0 % [-10.0, -10.0]")
+    (claim,) = ranks_matter(replace(PROTOCOL, tasks=("near",), gate=(1, 16)), back)
+    assert claim.note.endswith("; cross-entropy -93.8 % [-93.8, -93.8]")
+    one = [row for row in back if row.seed == 0]
+    assert rules_against_uniform(one, ["near"], 2, "arms", "lora")[0].note == "cross-entropy -10.0 %"
 
 
 @pytest.mark.parametrize(

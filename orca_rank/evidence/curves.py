@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
-from orca_rank.evidence.compare import paired
+from orca_rank.evidence.compare import Estimate, paired
 from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row
 from orca_rank.evidence.protocol import Protocol, rank_matters
-from orca_rank.evidence.verdicts import LEVEL, Claim, errors_of
+from orca_rank.evidence.verdicts import LEVEL, Claim, cross_entropy, errors_of, in_cross_entropy, notes
 
 GROWS = "the best uniform rank grows with the gap of the task"
 
@@ -29,8 +29,8 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
         if len(seeds) < 2 or not mean > 0:
             continue
         gate = rank_matters(protocol, rows, task)
-        scale = 100 / mean
-        estimate = paired([scale * (errors[high][seed] - errors[low][seed]) for seed in seeds])
+        estimate = _of_rank(errors[low], errors[high])
+        losses = {rank: errors_of(in_cross_entropy(rows), task, rank, UNIFORM, "gate") for rank in (low, high)}
         below, above = estimate.interval()
         claims.append(
             Claim(
@@ -42,10 +42,19 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
                 "% of the error",
                 estimate.p,
                 estimate.runs * 2,
-                f"asked for more than 3 standard deviations of a seed ({300 * gate.spread / gate.low:.1f} %)",
+                notes(
+                    f"asked for more than 3 standard deviations of a seed ({300 * gate.spread / gate.low:.1f} %)",
+                    cross_entropy(_of_rank(losses[low], losses[high]) if losses[low].keys() & losses[high] else None),
+                ),
             )
         )
     return claims
+
+
+def _of_rank(low: Mapping[tuple[int, int], float], high: Mapping[tuple[int, int], float]) -> Estimate:
+    """What the larger rank adds, in per cent of the smaller one's mean, paired by seed."""
+    mean = float(np.mean(list(low.values())))
+    return paired([100 / mean * (high[seed] - low[seed]) for seed in sorted(low.keys() & high.keys())])
 
 
 def grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> list[Claim]:

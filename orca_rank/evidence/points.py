@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -40,30 +41,39 @@ class Point:
 
 @dataclass(frozen=True)
 class Row(Point):
-    """A point and what came out; val and test are the task's metric, lower is better."""
+    """A point and what came out; val and test are the task's metric, lower is better.
+
+    Args:
+        cross_entropy: of the test samples where the task has classes, else NaN: an error counts images, of which few
+            change sides, and says less.
+    """
 
     val: float
     test: float
     parameters: int
     seconds: float
+    cross_entropy: float = math.nan
 
     @property
     def point(self) -> Point:
         return Point(**{item.name: getattr(self, item.name) for item in fields(Point)})
 
     def to_dict(self) -> dict[str, str | int | float]:
-        """A line of evidence.csv; `budget` is the rank under the name that its readers know."""
-        return {**asdict(self), "budget": f"r={self.rank}"}
+        """A line of evidence.csv; `budget` is the rank under the name that its readers know, and what has no
+        cross-entropy has no column of it."""
+        line = {**asdict(self), "budget": f"r={self.rank}"}
+        return {name: value for name, value in line.items() if name != "cross_entropy" or not math.isnan(value)}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, str]) -> Row:
-        """A line of evidence.csv as csv.DictReader gives it.
+        """A line of evidence.csv as csv.DictReader gives it, which has a cross-entropy or not.
 
         Raises:
             ValueError: if a column is missing or no number.
         """
         kinds = {"str": str, "int": int, "float": float}
         try:
-            return cls(**{item.name: kinds[str(item.type)](record[item.name]) for item in fields(cls)})
+            given = (item for item in fields(cls) if item.name != "cross_entropy" or record.get(item.name))
+            return cls(**{item.name: kinds[str(item.type)](record[item.name]) for item in given})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a row of evidence.csv ({error}): {dict(record)}") from error

@@ -5,6 +5,7 @@ Differences are per cent of uniform's mean test error on the task, negative wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -114,7 +115,10 @@ def rules_against_uniform(
             estimate,
             differ[rule],
             outside[rule],
-            _more_or_fewer(rows, tasks, rank, rule, against) if part == "arms" else "",
+            notes(
+                _more_or_fewer(rows, tasks, rank, rule, against) if part == "arms" else "",
+                cross_entropy(over_tasks(in_cross_entropy(rows), tasks, rank, rule, against, part)),
+            ),
         )
         for rule, estimate in known.items()
     ]
@@ -139,7 +143,10 @@ def gap_against_shuffled(
     estimate = over_tasks(rows, tasks, rank, rule, control)
     if estimate is None:
         return []
-    note = f"{control}: seeds and permutations both count as random"
+    note = notes(
+        f"{control}: seeds and permutations both count as random",
+        cross_entropy(over_tasks(in_cross_entropy(rows), tasks, rank, rule, control)),
+    )
     text = (
         f"{rule} ranks beat the same ranks shuffled over the layers, at the parameters of r = {rank}, {_where(tasks)}"
     )
@@ -188,6 +195,23 @@ def errors_of(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -
     }
 
 
+def in_cross_entropy(rows: Sequence[Row]) -> list[Row]:
+    """The rows of tasks with classes, their cross-entropy in place of their error."""
+    return [replace(row, test=row.cross_entropy) for row in rows if math.isfinite(row.cross_entropy)]
+
+
+def cross_entropy(estimate: Estimate | None) -> str:
+    """What a comparison comes to in cross-entropy, in words, to stand beside a verdict on errors."""
+    if estimate is None:
+        return ""
+    low, high = estimate.interval()
+    return f"cross-entropy {estimate.mean:+.1f} %" + (f" [{low:.1f}, {high:.1f}]" if math.isfinite(low) else "")
+
+
+def notes(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
+
+
 def _where(tasks: Sequence[str]) -> str:
     return f"on {tasks[0]}" if len(tasks) == 1 else f"over {len(tasks)} tasks"
 
@@ -196,5 +220,5 @@ def _claim(text: str, estimate: Estimate, p: float, p_outside: float, note: str 
     low, high = estimate.interval()
     verdict = judge(estimate, p, p_outside)
     if verdict == "equivalent" and p < LEVEL:
-        note = "; ".join(part for part in ("reliably different, by less than is of use", note) if part)
+        note = notes("reliably different, by less than is of use", note)
     return Claim(text, verdict, estimate.mean, low, high, "% of the error", p, estimate.runs, note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -203,6 +204,7 @@ def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protoc
         test=float(metrics[f"test/{metrics['metric']}"]),
         parameters=int(metrics["trainable_parameters"]["total"]),
         seconds=float(metrics["seconds"]),
+        cross_entropy=float(metrics.get("test/cross_entropy", metrics.get("test/binary_cross_entropy", math.nan))),
     )
     options = task_options(config, point.task, point.rule)
     write_json(_row_of(folder, point), {"row": row.to_dict()}, config=options)
