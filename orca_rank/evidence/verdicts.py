@@ -135,20 +135,19 @@ def rules_against_uniform(
 def any_of(claims: Sequence[Claim], name: str) -> list[Claim]:
     """Whether any of several beats what all of them are compared with; of claims of `rules_against_uniform`.
 
-    supported: one of them does; refuted: each is worse, or within what is of use; undecided: neither. The figure is
-    that of the best of them, which is no estimate of how much the best would gain: it was chosen for it.
+    supported: one of them does; refuted: each is worse, or within what is of use; undecided: neither. Figure and p are
+    those of the one that is ahead with most certainty, which was chosen for it: no estimate of what it would gain.
     """
     if len(claims) < 2:
         return []
     verdicts = {claim.verdict for claim in claims}
     verdict = "supported" if "supported" in verdicts else "refuted" if verdicts <= {"refuted", "equivalent"} else ""
-    first = min(claims, key=lambda claim: claim.estimate)
+    first = min(claims, key=lambda claim: (claim.p if claim.estimate < 0 else 2.0, claim.estimate))
     best, _, rest = first.claim.partition(" beats ")
     still = sum(claim.verdict == "undecided" for claim in claims)
     runs = sum(claim.runs for claim in claims)
-    p = min(claim.p for claim in claims)
-    note = notes(f"the best of {len(claims)} is {best}", f"{still} of them undecided" if still else "")
-    return [replace(first, claim=f"any {name} beats {rest}", verdict=verdict or "undecided", p=p, runs=runs, note=note)]
+    note = notes(f"the first of {len(claims)} is {best}", f"{still} of them undecided" if still else "")
+    return [replace(first, claim=f"any {name} beats {rest}", verdict=verdict or "undecided", runs=runs, note=note)]
 
 
 def _more_or_fewer(rows: Sequence[Row], tasks: Sequence[str], rank: int, arm: str, against: str) -> str:
