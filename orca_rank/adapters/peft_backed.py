@@ -129,6 +129,13 @@ class PeftTuner:
             values = {n: value.to(like[n].device) for n, value in state[name].items()}
             setattr(self.tuner.rankallocator, name, values)
 
+    def renewed(self) -> dict[str, Tensor]:
+        """Parameter -> which entries AdaLoRA's mask holds at 0."""
+        if self.method != "adalora":
+            return {}
+        values = {f"{name}.lora_E.default": layer.lora_E["default"].detach() for name, layer in self.layers().items()}
+        return {name: value == 0 for name, value in values.items()}
+
     def layers(self) -> dict[str, Any]:
         """PEFT's layers by name."""
         return {name: m for name, m in self.tuner.model.named_modules() if hasattr(m, "get_base_layer")}

@@ -1,6 +1,6 @@
 """What a training loop calls around its steps; each does nothing where no adapter needs it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from orca_rank.adapters.dylora import DyLoRA, begin_dylora
 from orca_rank.adapters.elastic import ElaLoRA, reallocate
 from orca_rank.adapters.linear import adapted, adapters
+from orca_rank.adapters.lora import LoRA
 from orca_rank.adapters.peft_backed import tuner_of
 
 
@@ -59,6 +60,21 @@ class Steps:
         if self.tuner and (term := self.tuner.extra_loss()) is not None:
             terms.append(term)
         return torch.stack(terms).sum() if terms else 0.0
+
+    def renewed(self) -> dict[str, Tensor]:
+        """Parameter, by its name in the model -> a mask of what the last step set anew in it, see `LoRA.renewed`."""
+        found = self.tuner.renewed() if self.tuner else {}
+        for prefix, adapter in self._named():
+            found |= {f"{prefix}.{name}": mask for name, mask in adapter.renewed().items()}
+        return found
+
+    def learned_buffers(self) -> set[str]:
+        """The buffers that steps move as they do parameters, by their names in the model."""
+        return {f"{prefix}.{name}" for prefix, adapter in self._named() for name in adapter.learned_buffers}
+
+    def _named(self) -> Iterator[tuple[str, LoRA]]:
+        for name, module in self.modules.items():
+            yield from ((f"{name}.branches.{part}", branch) for part, branch in module.parts.items())
 
     def state_dict(self) -> dict[str, Any]:
         """What adapters go on from beside their tensors, as tensors and plain values."""

@@ -89,6 +89,12 @@ class DeltaLoRA(LoRA):
         if int(self.steps) == self.start:
             self._follow()
 
+    def renewed(self) -> dict[str, Tensor]:
+        """All of A and B at step K: an average that lags behind A_K and B_K would follow its lag."""
+        if int(self.steps) != self.start:
+            return {}
+        return {name: torch.ones_like(self.steps, dtype=torch.bool) for name in ("lora_A", "lora_B")}
+
     @torch.no_grad()
     def offset(self) -> Float[Tensor, "d_out d_in"] | None:
         """λ s (BA − B_K A_K), what the algorithm has added to W; None before it starts."""
@@ -156,6 +162,7 @@ class ReRandomised(LoRA):
     """
 
     inits: ClassVar[tuple[str, ...]] = ("kaiming",)
+    learned_buffers: ClassVar[tuple[str, ...]] = ("accumulated",)
     project_in: Tensor
     project_out: Tensor
     accumulated: Tensor

@@ -50,10 +50,9 @@ from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trai
 from orca_rank.stages.updates import update_of
 from orca_rank.stages.written import write_model
 from orca_rank.tracking.pages import finetune_page
-from orca_rank.training.average import Average
 from orca_rank.training.compiled import Trial, compiled
 from orca_rank.training.curve import Curve, Rates
-from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
+from orca_rank.training.finetune import FineTune, FinetuneOptions, average_of, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 from orca_rank.training.prefix import FrozenPrefix
 
@@ -174,7 +173,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     def changed() -> dict[str, Tensor]:
         return trained_tensors(model)
 
-    average = None if options.ema is None else Average(options.ema, changed)
+    average = None if options.ema is None else average_of(model, options.ema)
     kept = changed if average is None else lambda: average.values
     keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
     ours: list[Callback] = [] if average is None else [average]
