@@ -1,4 +1,4 @@
-"""The moving average of weights beside adapters that jump: what is averaged is one model, of the live one's structure."""
+"""The moving average of weights beside adapters that jump: it is one model, of the live one's structure."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.probe import probe
 from orca_rank.adapters.quantised import QLoRA, paged_adamw
-from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, parameter_groups
+from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, moved_ranks, parameter_groups
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_peft",
     "merge",
+    "moved_ranks",
     "paged_adamw",
     "parameter_groups",
     "probe",

@@ -131,6 +131,11 @@ class ElaLoRA(LoRA):
             self.run is not None and self.run[0] <= int(self.steps) < self.run[1] and not int(self.steps) % self.every
         )
 
+    @property
+    def settled(self) -> bool:
+        """Whether no move is due any more."""
+        return self.run is None or (int(self.steps) // self.every + 1) * self.every >= self.run[1]
+
     @torch.no_grad()
     def prune(self, slot: int) -> None:
         """Let a direction die."""

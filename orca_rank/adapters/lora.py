@@ -233,6 +233,11 @@ class LoRA(nn.Module):
     def end_step(self) -> None:
         """Called after the optimiser's step; plain LoRA needs nothing."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether a schedule that changes what is trained has come to its end; plain LoRA has none."""
+        return True
+
     def renewed(self) -> dict[str, Tensor]:
         """Own parameter -> a mask of its entries (or one that broadcasts) that the last step set anew rather than
         moved: an average over steps begins there again. Plain LoRA has none."""

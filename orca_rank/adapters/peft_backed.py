@@ -111,6 +111,17 @@ class PeftTuner:
         for name, value in lengths.items():
             setattr(self.tuner.peft_config["default"], name, value)
 
+    @property
+    def settled(self) -> bool:
+        """Whether AdaLoRA's ranks have come down to their budget."""
+        config = self.tuner.peft_config["default"]
+        return self.method != "adalora" or self.steps >= config.total_step - config.tfinal
+
+    def ranks(self) -> dict[str, int]:
+        """Layer -> the singular values that AdaLoRA's mask leaves; empty for methods that keep the plan's ranks."""
+        layers = self.layers().items() if self.method == "adalora" else ()
+        return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in layers}
+
     def state_dict(self) -> dict[str, Any]:
         """What AdaLoRA's next allocations depend on beside its parameters: the step, importances, the ranks chosen."""
         if self.method != "adalora":

@@ -61,6 +61,12 @@ class Steps:
             terms.append(term)
         return torch.stack(terms).sum() if terms else 0.0
 
+    @property
+    def settled(self) -> bool:
+        """Whether every schedule is over by which a model before is of another kind than the one the run ends with:
+        ranks that move, a budget that shrinks, a W that does not follow yet."""
+        return all(adapter.settled for adapter in self.adapters) and (self.tuner is None or self.tuner.settled)
+
     def renewed(self) -> dict[str, Tensor]:
         """Parameter, by its name in the model -> a mask of what the last step set anew in it, see `LoRA.renewed`."""
         found = self.tuner.renewed() if self.tuner else {}
@@ -99,6 +105,13 @@ def end_step(model: nn.Module) -> None:
 def extra_loss(model: nn.Module) -> Tensor | float:
     """`Steps.extra_loss`, likewise."""
     return Steps(model).extra_loss()
+
+
+def moved_ranks(model: nn.Module) -> dict[str, int]:
+    """Layer -> the rank that it has now, of adapters that move ranks in training (AdaLoRA, ElaLoRA); else empty."""
+    found = {name: int(one.alive.sum()) for name, one in adapters(model).items() if isinstance(one, ElaLoRA)}
+    tuner = tuner_of(model)
+    return found | (tuner.ranks() if tuner else {})
 
 
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:

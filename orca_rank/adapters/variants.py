@@ -62,6 +62,11 @@ class DeltaLoRA(LoRA):
         """Whether W follows the product by now."""
         return bool(self.start_A.any())  # A_K; an A is never zero
 
+    @property
+    def settled(self) -> bool:
+        """Before W follows this is plain LoRA."""
+        return self.follows
+
     def run_of(self, steps: int) -> None:
         """Begin after a share of a run of so many optimiser steps, if `start` is one."""
         self.start = round(self.start * steps) if self.start < 1 else int(self.start)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
+from orca_rank.adapters import Steps
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
@@ -175,7 +176,8 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
 
     average = None if options.ema is None else average_of(model, options.ema)
     kept = changed if average is None else lambda: average.values
-    keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
+    steps = Steps(model.body)
+    keep = Keep(folder, monitor, patience=options.patience, tensors=kept, counts=lambda: steps.settled)
     ours: list[Callback] = [] if average is None else [average]
     if options.compile is not None:
         ours.append(Trial(task.input_shape, options.compile))

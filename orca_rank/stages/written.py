@@ -29,9 +29,9 @@ def write_model(
     if plan is not None:
         found = adapters.adapters(model.body)
         scales = {name: adapter.scale for name, adapter in found.items()}
-        moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
-        ended = {"ranks_at_the_end": moved} if moved else {}
-        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
+        moved = adapters.moved_ranks(model.body)
+        kept = {"ranks_of_the_kept_model": moved} if moved else {}  # beside `ranks`, where it started
+        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **kept})
         try:
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:
