@@ -25,7 +25,15 @@ from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.probe import probe
 from orca_rank.adapters.quantised import QLoRA, paged_adamw
-from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, moved_ranks, parameter_groups
+from orca_rank.adapters.steps import (
+    Steps,
+    begin_step,
+    end_step,
+    extra_loss,
+    moved_ranks,
+    parameter_groups,
+    scales,
+)
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
@@ -67,6 +75,7 @@ __all__ = [
     "probe",
     "prune",
     "save_peft",
+    "scales",
     "set_memory",
     "set_rank",
     "trainable_adapter_parameters",

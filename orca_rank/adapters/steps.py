@@ -114,6 +114,12 @@ def moved_ranks(model: nn.Module) -> dict[str, int]:
     return found | (tuner.ranks() if tuner else {})
 
 
+def scales(model: nn.Module) -> dict[str, float]:
+    """Layer -> the scale s of its update as it is in effect, whatever α and rank it comes from."""
+    tuner = tuner_of(model)
+    return {name: one.scale for name, one in adapters(model).items()} | (tuner.scales() if tuner else {})
+
+
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters; LoRA+ (Hayou et al. 2024) trains B at ``ratio`` × ``lr``.
 

@@ -49,7 +49,7 @@ from orca_rank.stages.trainable import (
 )
 from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
 from orca_rank.stages.updates import update_of
-from orca_rank.stages.written import write_model
+from orca_rank.stages.written import scale_in_use, write_model
 from orca_rank.tracking.pages import finetune_page
 from orca_rank.training.compiled import Trial, compiled
 from orca_rank.training.curve import Curve, Rates
@@ -217,6 +217,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
             **counts,
             "seconds": keep.seconds,
             "epochs": epochs,
+            "adapter_scale": scale_in_use(model.body),
             "metric": task.metric_name,
             "task": task.to_dict(),
             "backbone": {"config": resolve_backbone(config), "hash": weights},
