@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -15,8 +16,10 @@ from shared import TINY_SWIN
 from orca_rank import stages
 from orca_rank.artifacts.files import write_json
 from orca_rank.artifacts.lock import WAIT, locked
-from orca_rank.artifacts.provenance import select
+from orca_rank.artifacts.provenance import differences, select
+from orca_rank.evidence.points import Point
 from orca_rank.stages import evidence
+from orca_rank.stages.evidence_points import configured, task_options
 
 TINY = (
     "stage=evidence",
@@ -344,6 +347,20 @@ def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictC
     assert (folder / "digits-aligned-s1" / "align" / "embedder.safetensors").exists()
     with pytest.raises(ValueError, match=r"evidence\.baseline=pissa: must be the arm.*lora, moslora, aligned"):
         evidence.run(composed(*TINY, *arms, "evidence.baseline=pissa"))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "adalora", "loha", "lokr", "matryoshka"])
+def test_arms_have_the_run_s_scale(composed: Callable[..., DictConfig], adapter: str) -> None:
+    """So that adapters are compared at one scale; rows from before an adapter had the option are of another."""
+    arm = f"+adapter@evidence.arms.{adapter}.adapter={adapter}"
+    config = composed(*TINY, arm, "adapter.module.alpha=3", "adapter.module.scaling=rslora")
+    module = configured(config, Path("evidence"), Point("arms", "digits", adapter, 2, 0, 0, 1.0, 1.0), 1).adapter.module
+    assert (module.alpha, module.scaling) == (3, "rslora")
+    now = task_options(composed(*TINY, arm), "digits", adapter)
+    before = copy.deepcopy(now)
+    for name in ("alpha", "scaling"):
+        del before["rule"]["adapter"]["module"][name]
+    assert len(differences(before, now)) == 2
 
 
 COMMITTED = Path(__file__).parents[1] / "evidence"
