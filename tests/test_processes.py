@@ -359,7 +359,8 @@ TWO = ("trainer=ddp", "trainer.devices=2")
 
 def command(folder: Path, *options: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
-    words = [sys.executable, "-m", "orca_rank", *TWO, *OPTIONS, f"paths.runs={folder}", *options]
+    options = tuple(sorted((*TWO, *OPTIONS, f"paths.runs={folder}", *options), key=lambda one: one[0] != "-"))
+    words = [sys.executable, "-m", "orca_rank", *options]  # flags first
     return subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -418,20 +419,35 @@ def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapt
     assert left == {"metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "log", "command.txt"}
 
 
-@pytest.mark.slow
-def test_processes_that_srun_starts_align_as_one(composed: Compose, tmp_path: Path) -> None:
-    """The distance is that of the whole batch; batches of one sample leave process 1 with an empty share."""
+def two_of_srun(folder: Path, *options: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    return [command(folder, *options, **variables, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+
+
+@pytest.mark.slow
+def test_adapters_that_draw_or_move_do_so_alike_in_a_sweep_of_two_processes(composed: Compose, tmp_path: Path) -> None:
+    """All in the same two processes: gates and projections are drawn, W follows a product, AdaLoRA moves ranks."""
+    names = ("matryoshka", "gated", "rerandomised", "delta_lora", "adalora")
+    options = ("layers.qkv=fused", "data.batch_size=5", "finetune.epochs=2", "finetune.tag='${adapter.name}'")
+    for name in names:
+        finetune.run(composed(*OPTIONS, *options, f"adapter={name}", "run=one"))
+    sweep = ("-m", "stage=finetune", f"adapter={','.join(names)}")
+    for status, _, errors in [ended(process) for process in two_of_srun(tmp_path, *options, "run=two", *sweep)]:
+        assert status == 0, errors
+    for name in names:
+        same_results(*(folder / "finetune" / name for folder in (tmp_path / "runs" / "one", tmp_path / "two")))
+
+
+@pytest.mark.slow
+def test_processes_that_srun_starts_align_as_one(composed: Compose, tmp_path: Path) -> None:
+    """The distance is that of the whole batch; batches of one sample leave process 1 with an empty share."""
     options = ("stage=align", "align.samples_per_class=1")
     one = composed(*OPTIONS, *options, "run=one")
     align.run(one)
-    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
-    started = [
-        command(tmp_path, *options, "run=two", **variables, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"
-    ]
-    for process, lines in zip(started, (1, 0), strict=True):
+    for process, lines in zip(two_of_srun(tmp_path, *options, "run=two"), (1, 0), strict=True):
         status, out, errors = ended(process)
         assert status == 0, errors
         assert out.count("held-out distance") == lines
@@ -500,12 +516,9 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
-def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: Compose, tmp_path: Path) -> None:
-    options = ("stage=finetune", "finetune.epochs=30", "finetune.optimizer.lr=0.002")
-    process = command(tmp_path, *options, "run=two")
-    folder, limit = tmp_path / "two" / "finetune" / "mine", time.monotonic() + 200
+def killed(tmp_path: Path, folder: Path, *options: str) -> None:
+    """End the second of two processes once a stage has left a checkpoint in its folder, and see the command end."""
+    process, limit = command(tmp_path, *options), time.monotonic() + 200
     while not (folder / "previous.ckpt").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
     os.kill(children(process)[1], signal.SIGKILL)
@@ -514,9 +527,31 @@ def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: C
     assert "process 1 of 2 was ended by SIGKILL" in errors and "goes on from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert (folder / "last.ckpt").exists() and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
+def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: Compose, tmp_path: Path) -> None:
+    options = ("stage=finetune", "finetune.epochs=30", "finetune.optimizer.lr=0.002")
+    folder = tmp_path / "two" / "finetune" / "mine"
+    killed(tmp_path, folder, *options, "run=two")
     status, out, errors = ended(command(tmp_path, *options, "run=two"))
     assert status == 0, errors
     assert "going on from" in out
     one = composed(*OPTIONS, *options, "run=one")
     finetune.run(one)
     same_results(Path(one.paths.runs) / "one" / "finetune" / "mine", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
+def test_an_alignment_whose_process_was_killed_is_gone_on_with(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one process, to the embedder that one process would have made without a break."""
+    options = ("stage=align", "align.epochs=40", "align.samples_per_class=1")
+    killed(tmp_path, tmp_path / "two" / "align", *options, "run=two")
+    align.run(composed(*OPTIONS, *options, f"paths.runs={tmp_path}", "run=two"))
+    assert "going on from" in capsys.readouterr().out
+    align.run(composed(*OPTIONS, *options, f"paths.runs={tmp_path}", "run=one"))
+    same_tensors(*(tmp_path / run / "align" / "embedder.safetensors" for run in ("one", "two")))
