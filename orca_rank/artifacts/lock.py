@@ -47,7 +47,11 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _hold(path: Path, wait: bool) -> int:
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # the owner before has removed the folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
