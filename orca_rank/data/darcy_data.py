@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from orca_rank.artifacts.damaged import DamagedFile, reading
 from orca_rank.artifacts.files import atomic
+from orca_rank.artifacts.shared import making
 from orca_rank.data.array_files import read_npz
 from orca_rank.data.darcy_field import sample_coefficient
 from orca_rank.data.darcy_solver import MODES, solve_all
@@ -68,7 +68,8 @@ def generate(
     """n samples of the published law, solved at `grid` and kept at every `stride`-th point; read back if cached.
 
     Sample i depends on (seed, stream, i, grid, mode, device) alone, not on n or workers; another device rounds
-    otherwise. What is solved is kept beside the cache until all is there, and a later call goes on from it. In mode
+    otherwise. What is solved is kept beside the cache until all is there, and a later call goes on from it; of several
+    processes that want the same one solves, and the others wait. In mode
     "fno" kept points lie at (stride · i + ½)/grid, in mode "clean" at stride · i/(grid − 1).
 
     Args:
@@ -96,9 +97,9 @@ def generate(
     name = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(folder) / f"darcy-{mode}-{grid}-{stride}-{name}.npz"
     if not path.exists():
-        parts = path.with_suffix(".parts")
-        _write(path, _solve_chunks(parameters, workers, device, progress, parts))
-        shutil.rmtree(parts, ignore_errors=True)
+        with making(path) as parts:
+            if not path.exists():  # points of a sweep that run beside each other want the same
+                _write(path, _solve_chunks(parameters, workers, device, progress, parts))
     return _read(path)
 
 

@@ -6,24 +6,46 @@ import csv
 from collections.abc import Mapping, Sequence
 
 from orca_rank.artifacts.damaged import reading
+from orca_rank.artifacts.provenance import IGNORED_KEYS
 from orca_rank.report.draw import COLOURS, Panel, Picture, scale, words
 from orca_rank.report.page import Page, cell
 from orca_rank.report.results import Tune
 from orca_rank.task import Task
 
 NAME = "rank_curve"
-TRAINED_ALONE = "LoRA trained at that rank alone"
+TRAINED_ALONE = "LoRA trained at that rank alone, best on validation"
+# Options in which a separate fine-tune is as the nested one: all of these sections, and how long it trains.
+_SAME = ("data.", "contents.data", "contents.backbone", "backbone.", "layers.", "embedder.", "predictor.")
 Rows = Sequence[Mapping[str, float]]
 
 
-def separate_runs(tunes: Sequence[Tune], task: Task) -> list[tuple[int, float]]:
-    """(rank, test metric) of the fine-tunes with plain LoRA of one rank in all layers, on the task's metric."""
-    found = []
+def separate_runs(tunes: Sequence[Tune], nested: Sequence[Tune]) -> list[tuple[int, float]]:
+    """(rank, test metric) of plain LoRA of one rank in all layers, with data, model and epochs of a nested fine-tune.
+
+    Of those with one rank and seed, which differ in learning rate, scale or the like, the one with the lowest
+    validation metric stands for all.
+    """
+    wanted = [_same(tune) for tune in nested]
+    best: dict[tuple[int, object], Tune] = {}
     for tune in tunes:
         ranks = set() if tune.plan is None else set(tune.plan.ranks.values())
-        if len(ranks) == 1 and tune.option("adapter.name") == "lora" and tune.metric == task.metric_name:
-            found.append((ranks.pop(), tune.test))
-    return sorted(found)
+        if len(ranks) != 1 or tune.option("adapter.name") != "lora" or _same(tune) not in wanted:
+            continue
+        place = ranks.pop(), tune.option("seed")
+        if place not in best or tune.val < best[place].val:
+            best[place] = tune
+    return sorted((rank, tune.test) for (rank, _), tune in best.items())
+
+
+def _same(tune: Tune) -> dict[str, object]:
+    """What a separate fine-tune has to share with the nested one."""
+    left_out = IGNORED_KEYS | {"seed"}  # of the order of the batches
+    found = {
+        name: value
+        for name, value in tune.options.items()
+        if name.startswith(_SAME) and name.rpartition(".")[2] not in left_out
+    }
+    return {**found, "epochs": tune.option("finetune.epochs"), "metric": tune.metric}
 
 
 def nested_picture(curves: Mapping[str, Rows], separate: Sequence[tuple[int, float]], task: Task) -> Picture:
@@ -63,6 +85,7 @@ def nested_curves(page: Page, tunes: Sequence[Tune]) -> None:
         DamagedFile: if one cannot be read.
     """
     groups: dict[str, dict[str, Rows]] = {}
+    nested: dict[str, list[Tune]] = {}
     for tune in tunes:
         path = tune.folder / f"{NAME}.csv"
         if path.exists():
@@ -70,19 +93,25 @@ def nested_curves(page: Page, tunes: Sequence[Tune]) -> None:
                 rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
                 rows = [{name: row[name] for name in ("rank", "parameters", "val", "test")} for row in rows]
             groups.setdefault(tune.metric, {})[tune.tag] = rows
+            nested.setdefault(tune.metric, []).append(tune)
     if not groups:
         return
     page.section(NAME, "Every rank of one adapter")
     for metric, curves in groups.items():
-        task = next(tune.task for tune in tunes if tune.metric == metric)
+        separate = separate_runs(tunes, nested[metric])
         best = {tag: min(rows, key=lambda row: row["val"]) for tag, rows in curves.items()}
         said = "; ".join(
             f"{tag}: rank {row['rank']:.0f} has the lowest validation {words(metric)}, test {cell(row['test'])}"
             for tag, row in best.items()
         )
+        rings = (
+            " Rings: LoRA trained at that rank alone with the same data, model and epochs; of the runs with one rank "
+            "and seed, which may differ in learning rate or scale, the one with the lowest validation metric."
+        )
         page.figure(
             f"{NAME}_{metric}",
-            nested_picture(curves, separate_runs(tunes, task), task),
-            f"Test {words(metric)} of one fine-tune cut to every rank, without further training. {said}.",
+            nested_picture(curves, separate, nested[metric][0].task),
+            f"Test {words(metric)} of one fine-tune cut to every rank, without further training. {said}."
+            f"{rings if separate else ''}",
             [{"fine-tune": tag, **row} for tag, rows in curves.items() for row in rows],
         )

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orca_rank.artifacts.files import read_tensors, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
+from orca_rank.artifacts.shared import making
 from orca_rank.artifacts.unfinished import begin, finish, tidy
 from orca_rank.backbone import create_model, weights_hash
 from orca_rank.build import build
@@ -212,18 +213,31 @@ def source_features(config: DictConfig, device: torch.device) -> Source:
         }
     )
     path = Path(config.paths.cache) / "source_features" / f"{name}.safetensors"
-    if path.exists():
-        try:
-            return Source(**read_tensors(path, "stage=align"))
-        except (ValueError, TypeError):
-            console.print(f"{path} is damaged and made again", soft_wrap=True)
-    loader = plain_loader(ready(config.source), "train", 64)
-    features, y = embed(embedder, loader, int(options.source_samples), device)
-    tokens = features.new_zeros(0, 1, features.shape[1])
-    if pool:
-        images = torch.cat([x for x, _ in limited(loader, pool)])
-        with torch.no_grad():
-            tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
-    source = Source(features, Labeller(y, int(options.clusters), int(config.seed))(y), tokens.float())
-    write_tensors(path, source._asdict())
+    kept = _kept(path)
+    if kept is not None:
+        return kept
+    with making(path):
+        kept = _kept(path)  # of a run that was faster
+        if kept is not None:
+            return kept
+        loader = plain_loader(ready(config.source), "train", 64)
+        features, y = embed(embedder, loader, int(options.source_samples), device)
+        tokens = features.new_zeros(0, 1, features.shape[1])
+        if pool:
+            images = torch.cat([x for x, _ in limited(loader, pool)])
+            with torch.no_grad():
+                tokens = torch.cat([embedder(x.to(device)).flatten(1, -2).cpu() for x in images.split(16)])
+        source = Source(features, Labeller(y, int(options.clusters), int(config.seed))(y), tokens.float())
+        write_tensors(path, source._asdict())
     return source
+
+
+def _kept(path: Path) -> Source | None:
+    """Source features of the cache, if they are there and whole."""
+    if not path.exists():
+        return None
+    try:
+        return Source(**read_tensors(path, "stage=align"))
+    except (ValueError, TypeError):
+        console.print(f"{path} is damaged and made again", soft_wrap=True)
+        return None

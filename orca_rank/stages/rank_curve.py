@@ -32,7 +32,7 @@ def run(config: DictConfig) -> None:
 
     The fine-tune is chosen by finetune.tag; where there is only one with nested adapters, it may stay null. Nothing is
     trained: at rank r every layer uses its first min(r, r_max) rows, and `scale` is that of the layers that have r. The
-    figure also shows the separate fine-tunes with uniform ranks of the same run.
+    figure also shows separate fine-tunes of the same run with uniform ranks, see `separate_runs`.
 
     Raises:
         ValueError: if the fine-tune has no nested adapter, or the data are of another task. BlockingIOError: another
@@ -64,7 +64,8 @@ def run(config: DictConfig) -> None:
             for rank in found["val"]
         ]
         write_csv(folder / f"{NAME}.csv", rows)
-        others = separate_runs(read_tunes(RunFolder(folder.parent.parent, "")).tunes, fitted.task)
+        tunes = read_tunes(RunFolder(folder.parent.parent, "")).tunes
+        others = separate_runs(tunes, [tune for tune in tunes if tune.tag == folder.name])
         with atomic(folder / f"{NAME}.png") as temporary:
             temporary.write_bytes(png(nested_figure({folder.name: rows}, others, fitted.task)))
         made_from = read_json(folder / "metrics.json", "stage=finetune")["config"]
