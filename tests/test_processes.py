@@ -355,6 +355,7 @@ OPTIONS = (
     "trainer.accelerator=cpu",
 )
 TWO = ("trainer=ddp", "trainer.devices=2")
+FEW = r"layers.target='(attn\.qkv|mlp\.fc1)$'"
 
 
 def command(folder: Path, *options: str, **variables: str) -> subprocess.Popen:
@@ -431,7 +432,7 @@ def two_of_srun(folder: Path, *options: str) -> list[subprocess.Popen]:
 def test_adapters_that_draw_or_move_do_so_alike_in_a_sweep_of_two_processes(composed: Compose, tmp_path: Path) -> None:
     """All in the same two processes: gates and projections are drawn, W follows a product, AdaLoRA moves ranks."""
     names = ("matryoshka", "gated", "rerandomised", "delta_lora", "adalora")
-    options = ("layers.qkv=fused", "data.batch_size=5", "finetune.epochs=2", "finetune.tag='${adapter.name}'")
+    options = (FEW, "layers.qkv=fused", "data.batch_size=5", "finetune.epochs=2", "finetune.tag='${adapter.name}'")
     for name in names:
         finetune.run(composed(*OPTIONS, *options, f"adapter={name}", "run=one"))
     sweep = ("-m", "stage=finetune", f"adapter={','.join(names)}")
@@ -481,7 +482,7 @@ def test_two_processes_measure_as_one(composed: Compose, tmp_path: Path) -> None
     """What gap=spectra and gap=gora measure, and a further target; process 1 has none of the 17th image."""
     options = (
         "stage=measure",
-        r"layers.target='(attn\.qkv|mlp\.fc1)$'",
+        FEW,
         "gap=spectra",
         "gap.measurements.whitened_gradient=true",
         "gap.measurements.mean_gradient=true",
@@ -549,7 +550,7 @@ def test_an_alignment_whose_process_was_killed_is_gone_on_with(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By one process, to the embedder that one process would have made without a break."""
-    options = ("stage=align", "align.epochs=40", "align.samples_per_class=1")
+    options = ("stage=align", "align.epochs=30", "align.samples_per_class=1")
     killed(tmp_path, tmp_path / "two" / "align", *options, "run=two")
     align.run(composed(*OPTIONS, *options, f"paths.runs={tmp_path}", "run=two"))
     assert "going on from" in capsys.readouterr().out
