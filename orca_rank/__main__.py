@@ -23,7 +23,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from orca_rank import __version__, job
+from orca_rank import __version__, gpus, job
 from orca_rank.artifacts.command import TYPED, alike, remember, swept
 from orca_rank.artifacts.lock import WAIT
 from orca_rank.hints import hint
@@ -128,6 +128,8 @@ def _job(config: DictConfig, failed: list[tuple[str, str]], elsewhere: str, mome
     try:
         remember(options, flags)
         job.check(config)
+        if not alone and world().size == 1:
+            gpus.take_one(config.trainer)
         job.run(config, options, flags)
         if turn is not None and not str(hydra_config.sweeper["_target_"]).endswith(".BasicSweeper"):
             value = sweep.objective(config)

@@ -75,8 +75,9 @@ def finetune(
     seed: int = 7,
     adapter: int = 300,
     options: dict[str, Any] | None = None,
+    scale: float | dict[str, float] | None = None,
 ) -> None:
-    """A finished fine-tune; test = val + 1/16. options: further sections of its config."""
+    """A finished fine-tune; test = val + 1/16. options: further sections of its config. scale: of its adapters."""
     dense = metric == "relative_l2"
     task = {
         "kind": "dense" if dense else "classification",
@@ -91,6 +92,7 @@ def finetune(
     }  # fmt: skip
     config = {"adapter": {"name": "lora"}, "seed": seed, "data": data or FAR, "backbone": {"name": "swin"}}
     folder = run / "finetune" / tag
+    payload |= {} if scale is None else {"adapter_scale": scale}
     write_json(folder / "metrics.json", payload, config=config | (options or {}))
     write_json(folder / "ranks.json", plan(rule, [4] * 8))
     rows = [{"epoch": i, "lr": 0.1, "train/loss": 2.0 - i, f"val/{metric}": val} for i in range(2)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shared import apart, move_trained
 from torch import nn
 
 from orca_rank.adapters import (
@@ -16,9 +17,11 @@ from orca_rank.adapters import (
     merge,
     parameter_groups,
     save_peft,
+    scales,
     trainable_adapter_parameters,
     unmerge,
 )
+from orca_rank.adapters.lora import scale_of
 
 pytest.importorskip("peft", reason="needs the extra orca_rank[peft]")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -97,6 +100,48 @@ def test_refusals():
     with pytest.raises(ValueError, match="already"):
         inject(model, {"0": 2})
     assert inject(nn.Sequential(nn.Linear(4, 4)), {"0": 0}, PeftAdapter("dora")) == {}
+
+
+@pytest.mark.parametrize("scaling", ["constant", "lora", "rslora"])
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "adalora"])
+def test_a_layer_s_scale_is_what_scaling_says(method, scaling):
+    """Read back from PEFT's layers, and the ratio of two updates of the same factors."""
+    ranks = {"0": 4, "2": 4} if method == "adalora" else {"0": 1, "2": 4}
+    model, found, _ = make(method, ranks, alpha=3, scaling=scaling)
+    expected = {name: scale_of(3, rank, scaling) for name, rank in ranks.items()}
+    assert scales(model) == pytest.approx(expected, rel=1e-12)
+    other, plain, _ = make(method, ranks, alpha=1, scaling="constant")
+    move_trained(model)
+    other.load_state_dict(model.state_dict())
+    for name, layer in found.items():
+        update = layer.get_delta_weight("default").detach()
+        assert apart(update, expected[name] * plain[name].get_delta_weight("default")) < 1e-5
+        assert float(update.norm()) > 0
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "adalora"])
+def test_without_alpha_and_scaling_peft_s_own_scale_stays(method):
+    """As in fine-tunes from before these options, which are loaded so."""
+    ranks = {"0": 2, "2": 2} if method == "adalora" else {"0": 1, "2": 4}
+    model, _, _ = make(method, ranks)
+    assert scales(model) == pytest.approx({name: 8 / rank for name, rank in ranks.items()}, rel=1e-4)
+    field = "alpha" if method in ("loha", "lokr") else "lora_alpha"
+    assert scales(make(method, ranks, **{field: 4})[0]) == pytest.approx({n: 4 / r for n, r in ranks.items()}, rel=1e-4)
+    assert scales(make("vera")[0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "match"),
+    [
+        ("vera", {"alpha": 4}, "vera learns its scale: leave alpha=4"),
+        ("dora", {"alpha": 0}, "alpha is 0; expected a finite number above 0"),
+        ("loha", {"scaling": "none"}, "scaling is 'none'; expected one of"),
+        ("adalora", {"scaling": "lora", "lora_alpha": 16}, "lora_alpha=16 beside alpha=None and scaling=lora"),
+    ],
+)
+def test_a_scale_is_said_once_and_means_something(method, options, match):
+    with pytest.raises(ValueError, match=match):
+        PeftAdapter(method, **options)
 
 
 @pytest.mark.parametrize("steps", [3, 12, 300])

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a room imports what stands before it, nothing that stands after.
 FLOORS = (
     ("errors", "hints", "normaliser", "processes", "scoring", "words"),
-    ("launch", "options"),
+    ("gpus", "launch", "options"),
     ("build", "artifacts", "task"),
     ("distances", "predictors", "evidence", "weights"),
     ("measuring",),

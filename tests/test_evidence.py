@@ -18,6 +18,7 @@ from orca_rank.evidence.curves import grows_with_gap, ranks_matter, recommended
 from orca_rank.evidence.points import Point, Row
 from orca_rank.evidence.protocol import Protocol, asked_for, best_rate, most, pending, rank_matters
 from orca_rank.evidence.verdicts import (
+    any_of,
     gap_against_shuffled,
     judge,
     parameters_at_equal_error,
@@ -26,7 +27,11 @@ from orca_rank.evidence.verdicts import (
 )
 
 PROTOCOL = Protocol(
-    tasks=("near", "mid", "other", "far"), rules=("proportional", "shuffled", "inverse"), budgets=(2,), seeds=6
+    tasks=("near", "mid", "other", "far"),
+    rules=("proportional", "shuffled", "inverse"),
+    budgets=(2,),
+    permuted=("shuffled",),
+    seeds=6,
 )
 
 
@@ -175,7 +180,13 @@ def test_rows_at_a_rate_that_is_no_longer_the_best_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("errors", "best"),
-    [((0.0, 0.0, 0.0), 3e-3), ((0.0, 0.0, 0.2), 3e-3), ((0.2, 0.0, 0.1), 3e-3), ((0.2, np.nan, 0.1), 1e-2)],
+    [
+        ((0.0, 0.0, 0.0), 3e-3),
+        ((0.0, 0.0, 0.2), 3e-3),
+        ((0.2, 0.0, 0.0), 3e-3),
+        ((0.2, 0.0, 0.1), 3e-3),
+        ((0.2, np.nan, 0.1), 1e-2),
+    ],
 )
 def test_of_rates_that_tie_the_middle_one_is_taken(errors: tuple[float, ...], best: float) -> None:
     protocol = replace(PROTOCOL, steps=0)
@@ -215,8 +226,15 @@ def test_options_out_of_range_are_named() -> None:
     for options, name in (({"seeds": 1}, "seeds"), ({"rates": (1e-3,)}, "rates"), ({"gate": (0, 4)}, "gate")):
         with pytest.raises(ValueError, match=f"evidence.{name}"):
             replace(PROTOCOL, **options)
-    with pytest.raises(ValueError, match=r"evidence\.many.*nothing"):
-        replace(PROTOCOL, many={"nothing": 3})
+    for options, said in (
+        ({"many": {"nothing": 3}}, r"evidence\.many names nothing"),
+        ({"permuted": ("shufled",)}, r"evidence\.permuted names shufled"),
+        ({"own_rates": 4}, r"own_rates=4 must be one of evidence\.budgets=\[2\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(PROTOCOL, **options)
+    rates = [Point("rates", "far", "frozen", 0, 0, 0, lr, lr).name for lr in (3.16e-3, 3.1623e-3)]
+    assert len(set(rates)) == 2
 
 
 def test_rows_come_back_from_their_lines() -> None:
@@ -315,6 +333,10 @@ def test_rank_against_gap_over_tasks() -> None:
     assert "a: gap 0.1, -40.0 % of the error" in worth.note and "e: gap 4, 28.6 % of the error" in worth.note
     assert {claim.verdict for claim in grows_with_gap(protocol, curve(falling), gaps)} == {"refuted"}
     assert {claim.verdict for claim in grows_with_gap(protocol, curve(dict.fromkeys(tasks, 4)), gaps)} == {"undecided"}
+    for one in (dict.fromkeys(tasks, 1.0), dict.fromkeys(tasks[:2], 1.0)):  # tasks that differ in no gap
+        assert {(c.verdict, c.p) for c in grows_with_gap(protocol, curve(rising), one)} == {("undecided", 1.0)}
+    solved = [replace(row, test=0.0) if (row.task, row.rank) == (tasks[0], 1) else row for row in curve(rising)]
+    assert grows_with_gap(protocol, solved, gaps)[1].note.startswith(f"{tasks[1]}: ")
     few = replace(protocol, tasks=tasks[:3])
     assert grows_with_gap(few, curve(rising), gaps)[0].verdict == "undecided"  # 1/3! is no evidence
 
@@ -324,7 +346,7 @@ def test_the_recommendation_is_the_smallest_rank_that_does() -> None:
     text = recommended(PROTOCOL, rows, "far")
     assert text.startswith("far: rank matters") and "rank.r=16" in text and "17,000 trained" in text
     flat = run_all(PROTOCOL, lambda point: world(point, slope=0.0))
-    assert "hardly matters" in recommended(PROTOCOL, flat, "far") and "rank.r=1 " in recommended(PROTOCOL, flat, "far")
+    assert "cannot be told" in recommended(PROTOCOL, flat, "far") and "rank.r=1 " in recommended(PROTOCOL, flat, "far")
 
 
 @pytest.mark.parametrize(
@@ -438,3 +460,67 @@ def test_classes_are_also_compared_in_cross_entropy(tmp_path: Path) -> None:
 def test_bad_arms_are_refused(options: dict[str, tuple[str, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(ARMS, **options)
+
+
+def arms(errors: dict[str, list[float]], task: str = "far") -> list[Row]:
+    return [
+        Row("arms", task, rule, 2, seed, 0, 3e-3, 3e-3, error, error, 1, 1.0)
+        for rule, found in errors.items()
+        for seed, error in enumerate(found)
+    ]
+
+
+def test_one_seed_of_many_permutations_tells_nothing() -> None:
+    rows = [Row("rules", "far", "uniform", 2, 0, 0, 1e-2, 3e-3, 0.1, 0.1, 1, 1.0)]
+    rows += [replace(rows[0], rule="shuffled", permutation=p, test=0.09 + 1e-5 * p) for p in range(4)]
+    rows.append(replace(rows[0], rule="proportional", test=0.08))
+    for claim in (*gap_against_shuffled(rows, ["far"], 2), *rules_against_uniform(rows, ["far"], 2)):
+        assert claim.verdict == "undecided" and not np.isfinite(claim.low)
+
+
+def test_a_claim_names_the_tasks_it_rests_on() -> None:
+    first = arms({"lora": [0.1, 0.11, 0.12], "dora": [0.08, 0.09, 0.1]}, "a")
+    rows = first + arms({"lora": [0.2, 0.21, 0.2]}, "b")
+    assert not rules_against_uniform(rows, ["a", "b"], 2, "arms", "lora")  # what one task says is its own claim
+    rows += arms({"lora": [0.2, 0.21, 0.2], "dora": [0.19, 0.2, 0.2]}, "c")
+    rows = [replace(row, cross_entropy=5 * row.test) if row.task == "c" and row.seed < 2 else row for row in rows]
+    (claim,) = rules_against_uniform(rows, ["a", "b", "c"], 2, "arms", "lora")
+    assert claim.claim.endswith("over 2 tasks") and claim.runs == 6
+    assert claim.note.startswith("cross-entropy on c (2 runs) -4.9 %")
+
+
+@pytest.mark.parametrize(
+    ("lora", "dora", "verdict"),
+    [
+        ([0.1, 0.11, 0.12, 0.1], [0.08, 0.09, 0.1, np.inf], "undecided"),  # better where it does not diverge
+        ([0.1, 0.11, 0.12, np.inf], [0.08, 0.09, 0.1, 0.1], "supported"),
+        ([0.1, 0.11, 0.12, 0.1], [0.12, 0.13, 0.14, np.inf], "refuted"),
+    ],
+)
+def test_who_diverges_is_not_called_better(lora: list[float], dora: list[float], verdict: str) -> None:
+    (claim,) = rules_against_uniform(arms({"lora": lora, "dora": dora}), ["far"], 2, "arms", "lora")
+    who = "lora" if np.inf in lora else "dora"
+    assert (claim.verdict, claim.note, claim.runs) == (verdict, f"diverged: 1 of 4 runs of {who}", 3)
+
+
+def test_a_curve_that_diverges_closes_its_gate() -> None:
+    rows = run_all(
+        replace(PROTOCOL, tasks=("far",)), lambda p: np.inf if (p.part, p.rank) == ("gate", 16) else world(p)
+    )
+    assert not any(row.part == "rules" for row in rows)
+    assert not ranks_matter(PROTOCOL, rows)
+
+
+@pytest.mark.parametrize(
+    ("better", "other", "verdict"), [(-9.0, 9.0, "supported"), (9.0, 0.0, "refuted"), (9.0, None, "undecided")]
+)
+def test_any_rule(better: float, other: float | None, verdict: str) -> None:
+    noise = 0.1 + 1e-4 * np.random.default_rng(0).normal(size=(3, 8))
+    noise[1:] *= 1 + np.array([[better], [other or 0.0]]) / 100
+    if other is None:
+        noise[2] = 0.1 + 1e-2 * np.random.default_rng(1).normal(size=8)
+    found = rules_against_uniform(arms(dict(zip("abc", noise.tolist(), strict=True))), ["far"], 2, "arms", "a")
+    (claim,) = any_of(found, "arm")
+    assert claim.verdict == verdict and claim.claim.startswith("any arm beats a at the parameters of r = 2")
+    assert claim.estimate == min(one.estimate for one in found) and claim.runs == 16
+    assert any_of(found[:1], "arm") == []

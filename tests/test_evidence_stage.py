@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -12,9 +13,13 @@ import pytest
 from omegaconf import DictConfig
 from shared import TINY_SWIN
 
+from orca_rank import stages
 from orca_rank.artifacts.files import write_json
-from orca_rank.artifacts.lock import locked
+from orca_rank.artifacts.lock import WAIT, locked
+from orca_rank.artifacts.provenance import differences, select
+from orca_rank.evidence.points import Point
 from orca_rank.stages import evidence
+from orca_rank.stages.evidence_points import configured, task_options
 
 TINY = (
     "stage=evidence",
@@ -61,7 +66,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def finetune(config: DictConfig) -> None:
         name = str(config.finetune.tag)
-        _, rule, rank, seed = ["nested", "matryoshka", "r2", "s0"] if name == "nested" else name.split("-")[:4]
+        _, rule, rank, seed = name.removeprefix("nested-").split("-")[:4]
         r, s = int(rank[1:]), int(seed[1:]) % 1000
         error = (
             (0.10 - 0.01 * r) * (1.05 if rule == "shuffled" else 1.0) * (1 + 0.001 * s + 0.0003 * (s * len(rule) % 3))
@@ -80,7 +85,11 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def measured(config: DictConfig) -> None:
         assert Path(config.measure.fitted).name.startswith("gate-frozen-r0-s0")
         record = {"name": "blocks.0", "d_in": 8, "d_out": 8, "gap": {"mmd": {"value": 0.5, "low": 0.4, "high": 0.6}}}
-        write_json(Path(config.paths.runs) / config.run / "measure" / "layers.json", {"layers": [record]})
+        write_json(
+            Path(config.paths.runs) / config.run / "measure" / "layers.json",
+            {"layers": [record]},
+            config=select(config, "measure"),
+        )
 
     def held_out(config: DictConfig) -> None:
         folder = Path(config.paths.runs) / config.run / "finetune" / config.finetune.tag
@@ -131,7 +140,7 @@ def test_one_nested_fine_tune_lends_its_held_out_losses(
 ) -> None:
     config = composed(*TINY, *NESTED)
     evidence.run(config)
-    assert made_up.count("nested") == 1
+    assert sum(name.startswith("nested-") for name in made_up) == 1
     found = rows(Path(config.paths.runs) / config.run / "evidence")
     assert len(found) == len(made_up) - 1  # it is no row itself
     assert sum(row["rule"] == "held_out" for row in found) == 2
@@ -157,7 +166,9 @@ def test_held_out_losses_are_those_of_a_nested_adapter(
 def test_processes_share_the_points(
     composed: Callable[..., DictConfig], made_up: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A point that another process is at is left to it, and waited for once nothing else can run."""
+    """A point that another process is at is left to it, and waited for once nothing else can run; also where a
+    launcher's points wait for what they share."""
+    monkeypatch.setenv(WAIT, "1")
     config = composed(*TINY, "~evidence.rules.shuffled", "~evidence.rules.trained", "evidence.permuted=[]")
     folder = Path(config.paths.runs) / config.run / "evidence"
     name = "rates-frozen-r0-s1000-p0-lr0.001-0.001"
@@ -175,6 +186,67 @@ def test_processes_share_the_points(
     assert waited == [evidence.PAUSE]
     assert made_up[1] == name and len(rows(folder)) == len(made_up) == len(set(made_up))
     assert not (folder / ".working").exists()
+
+
+def test_a_fine_tune_that_diverges_is_a_row(
+    composed: Callable[..., DictConfig], made_up: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not run again, leaves no folder, and the rest goes on; what reads the first of the largest rank reads the
+    next."""
+    real, lost = stages.finetune.run, {"rates-full-r0-s1000-p0-lr0.001-0.01", "rules-shuffled-r1-s1-p1-lr0.01-0.01"}
+
+    def diverging(config: DictConfig) -> None:
+        name = str(config.finetune.tag)
+        if name in lost or name.startswith("gate-uniform-r2-s0"):
+            (Path(config.paths.runs) / config.run / "finetune" / name).mkdir(parents=True)
+            raise FloatingPointError("the training loss became nan")
+        real(config)
+
+    monkeypatch.setattr("orca_rank.stages.finetune.run", diverging)
+    config = composed(*TINY, "evidence.seeds=3", "evidence.gate_seeds=3")
+    folder = Path(config.paths.runs) / config.run / "evidence"
+    evidence.run(config)
+    found = [row for row in rows(folder) if row["test"] == "inf"]
+    assert {row["part"] for row in found} == {"rates", "gate", "rules"} and len(found) == 3
+    assert not {path.name for path in (folder / "digits" / "finetune").iterdir()} & lost
+    ran = len(made_up)
+    evidence.run(config)
+    assert len(made_up) == ran and len(rows(folder)) == len({*made_up}) + 3
+    said = (folder / "README.md").read_text()
+    assert "1 of 3 runs of r = 2 diverged" in said and "diverged: 1 of 6 runs of shuffled" in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("+evidence.r_min.trained=1",), r"rules-trained.*other options.*rule_r_min: 0 -> 1"),
+        (("evidence.gate=[1,2,3]",), r"rules-trained.*other options.*rule_learned_at: 2 -> 3"),
+        (("+evidence.r_min.traned=1",), r"evidence\.r_min names traned"),
+    ],
+)
+def test_rows_of_a_rule_depend_on_what_it_reads_and_may_give(
+    composed: Callable[..., DictConfig], made_up: list[str], changed: tuple[str, ...], said: str
+) -> None:
+    evidence.run(composed(*TINY))
+    with pytest.raises(ValueError, match=said):
+        evidence.run(composed(*TINY, *changed))
+
+
+def test_what_rules_read_is_that_of_the_best_rates(composed: Callable[..., DictConfig], made_up: list[str]) -> None:
+    """A grid that grows may change the rates: the gaps and the learned update are those of the new ones."""
+    config = composed(*TINY, *NESTED)
+    evidence.run(config)
+    folder = Path(config.paths.runs) / config.run / "evidence" / "digits"
+    before = json.loads((folder / "measure" / "layers.json").read_text())["config"]["measure"]["fitted"]
+    del made_up[:]
+    for path in (folder / "rows").glob("rates-*-lr0.01-*"):  # the best so far: now it is not
+        row = json.loads(path.read_text())
+        row["row"]["val"] = 1.0
+        path.write_text(json.dumps(row))
+    evidence.run(config)
+    after = json.loads((folder / "measure" / "layers.json").read_text())["config"]["measure"]["fitted"]
+    assert before != after and after.endswith("lr0.001-0.001")
+    assert sum(name.startswith("nested-gate-uniform-r2-s0-p0-lr0.01-0.001") for name in made_up) == 1
 
 
 @pytest.mark.parametrize(
@@ -275,6 +347,20 @@ def test_arms_take_their_adapter_or_alignment_over(composed: Callable[..., DictC
     assert (folder / "digits-aligned-s1" / "align" / "embedder.safetensors").exists()
     with pytest.raises(ValueError, match=r"evidence\.baseline=pissa: must be the arm.*lora, moslora, aligned"):
         evidence.run(composed(*TINY, *arms, "evidence.baseline=pissa"))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "adalora", "loha", "lokr", "matryoshka"])
+def test_arms_have_the_run_s_scale(composed: Callable[..., DictConfig], adapter: str) -> None:
+    """So that adapters are compared at one scale; rows from before an adapter had the option are of another."""
+    arm = f"+adapter@evidence.arms.{adapter}.adapter={adapter}"
+    config = composed(*TINY, arm, "adapter.module.alpha=3", "adapter.module.scaling=rslora")
+    module = configured(config, Path("evidence"), Point("arms", "digits", adapter, 2, 0, 0, 1.0, 1.0), 1).adapter.module
+    assert (module.alpha, module.scaling) == (3, "rslora")
+    now = task_options(composed(*TINY, arm), "digits", adapter)
+    before = copy.deepcopy(now)
+    for name in ("alpha", "scaling"):
+        del before["rule"]["adapter"]["module"][name]
+    assert len(differences(before, now)) == 2
 
 
 COMMITTED = Path(__file__).parents[1] / "evidence"

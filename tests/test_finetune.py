@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from shared import TINY_SWIN, break_off
+from torch import nn
 
 from orca_rank import load
 from orca_rank.__main__ import CONF
+from orca_rank.adapters import LoRA, inject
 from orca_rank.adapters.lora import scale_of
 from orca_rank.artifacts.files import write_json, write_tensors
 from orca_rank.build import build
@@ -23,6 +26,7 @@ from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.stages import finetune, predict
 from orca_rank.stages.setup import build_model
 from orca_rank.stages.trainable import audit
+from orca_rank.stages.written import scale_in_use
 from orca_rank.training.finetune import FinetuneOptions
 
 TINY = (
@@ -75,7 +79,7 @@ def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], 
         ranks = json.loads((folder(config) / "ranks.json").read_text())
         module = config.adapter.module
         scales = {name: scale_of(module.alpha, rank, module.scaling) for name, rank in ranks["ranks"].items()}
-        assert ranks["scales"] == scales
+        assert ranks["scales"] == scales and metrics["adapter_scale"] == next(iter(scales.values()))
     with open(folder(config) / "curve.csv") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["epoch"] for row in rows] == ["0", "1"]
@@ -89,6 +93,13 @@ def test_what_is_written_is_what_is_loaded(composed: Callable[..., DictConfig], 
     predict.run(config)
     written = np.load(folder(config).parents[1] / "predict" / "prediction.npz")
     assert written["metric"].mean() == pytest.approx(metrics["test/error"], abs=1e-6)
+
+
+def test_scales_that_differ_are_told_by_their_range() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert scale_in_use(model) is None
+    inject(model, {"0": 1, "1": 4}, partial(LoRA, alpha=4, scaling="rslora"))
+    assert scale_in_use(model) == {"min": 2.0, "max": 4.0}
 
 
 def test_done_is_done_until_forced(composed: Callable[..., DictConfig], capsys: pytest.CaptureFixture) -> None:

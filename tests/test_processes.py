@@ -19,6 +19,7 @@ import members
 import pytest
 import torch
 from omegaconf import DictConfig
+from rich.progress import Progress
 from safetensors.torch import load_file
 from shared import TINY_SWIN, apart
 from timm.layers import DropPath
@@ -26,10 +27,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from orca_rank import job, launch, processes
+from orca_rank.backbone import OrcaModel
 from orca_rank.data.module import Batches, EpochOrder, as_it_is
 from orca_rank.data.shares import Shares, Sizes, share, sizes_of
+from orca_rank.measuring import activations, gradients, hidden, passes
+from orca_rank.measuring.gradients import Gradients
+from orca_rank.measuring.passes import Shared
 from orca_rank.processes import World
-from orca_rank.stages import align, evidence, finetune
+from orca_rank.stages import align, evidence, finetune, measure
 from orca_rank.stages.trainer import processes_of
 from orca_rank.training.finetune import REDUCTIONS, FineTune, FinetuneOptions
 from orca_rank.training.stochastic_depth import SharedPaths
@@ -145,6 +150,62 @@ def test_the_same_samples_skip_the_same_blocks_as_in_one_process() -> None:
         paths.begin(5, 1, x.device)
         assert len(own(x[:1])) == 1  # the second process's share of one sample is empty
         assert torch.equal(own.eval()(x), x)
+
+
+@pytest.mark.parametrize(("count", "size"), [(19, 2), (17, 2), (16, 3)])
+def test_processes_pass_together_what_one_process_passes(
+    monkeypatch: pytest.MonkeyPatch, count: int, size: int
+) -> None:
+    """Rows of other processes are zero until they are added up: of 17 images the second has none of the last batch."""
+    x = torch.randn(25, 5, 6, generator=torch.Generator().manual_seed(1))  # 5 tokens an image
+    y = torch.arange(25) % 3
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+    watched: Any = {"0": model[0], "2": model[2]}
+
+    def loader() -> DataLoader:
+        return DataLoader(TensorDataset(x, y), 8)
+
+    def loss(prediction: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(prediction.mean(1), y)
+
+    def all_of(batches: DataLoader, shared: Shared | None) -> dict[str, Tensor]:
+        inputs, labels = activations.collect(model, watched, batches, count, tokens=13, seed=4, shared=shared)
+        sums = gradients.collect_gradients(
+            lambda x: x, model, loss, watched, batches, count, draws=3, moments=True, seed=4, shared=shared
+        )
+        states = hidden.hidden_dimensions(model, watched, {}, batches, count, shared=shared)
+        assert labels is not None and all(one.count == count for one in sums.values())
+        found = {"labels": labels}
+        for name in watched:
+            one: Gradients = sums[name]
+            both = torch.tensor(states[name])
+            values = (*inputs[name], both, one.total, one.signed, one.sign_sums, one.squares)
+            found |= {f"{name}/{i}": value for i, value in enumerate((*values, *(one.moments or ())))}
+        return found
+
+    monkeypatch.setattr(hidden, "intrinsic_dimension", lambda rows: float((torch.arange(1.0, 1 + count) @ rows).sum()))
+    expected = all_of(loader(), None)
+    for module in (activations, gradients, passes):
+        monkeypatch.setattr(module, "add_up", lambda *values: None)
+    sizes = sizes_of(loader())
+    assert sizes is not None
+    parts = [all_of(share(loader(), rank, size), Shared(rank, size, sizes.batch)) for rank in range(size)]
+    for name, value in expected.items():
+        assert apart(torch.stack([part[name] for part in parts]).sum(0), value) < 1e-6, name
+    assert expected["0/0"].shape == (count, 6) and expected["0/1"].shape == (13, 1, 6)
+
+
+def test_fewer_images_than_processes_are_refused(composed: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_world", World(0, 9, 0))
+    passing = measure.Pass(8, 2, 0, torch.device("cpu"), Progress())
+    data = measure.build(composed("data=digits").data)
+    with pytest.raises(ValueError, match="8 images of the Digits data are shared by 9 processes: expected at least"):
+        passing.side(OrcaModel(*(nn.Identity() for _ in range(3))), data, [], 0, "target")
+    monkeypatch.setattr(processes, "_world", World(0, 2, 0))
+    data = measure.build(composed("data=digits", "data.batch_size=1").data)
+    with pytest.raises(ValueError, match=r"gap.batch_size, or the data's own batch_size=1 is shared by 2 processes"):
+        passing.side(OrcaModel(*(nn.Identity() for _ in range(3))), data, [], 0, "target")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +359,8 @@ TWO = ("trainer=ddp", "trainer.devices=2")
 
 def command(folder: Path, *options: str, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
-    words = [sys.executable, "-m", "orca_rank", *TWO, *OPTIONS, f"paths.runs={folder}", *options]
+    options = tuple(sorted((*TWO, *OPTIONS, f"paths.runs={folder}", *options), key=lambda one: one[0] != "-"))
+    words = [sys.executable, "-m", "orca_rank", *options]  # flags first
     return subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -357,20 +419,35 @@ def test_two_processes_fine_tune_as_one(composed: Compose, tmp_path: Path, adapt
     assert left == {"metrics.json", "curve.csv", "ranks.json", "model.safetensors", "adapter", "log", "command.txt"}
 
 
-@pytest.mark.slow
-def test_processes_that_srun_starts_align_as_one(composed: Compose, tmp_path: Path) -> None:
-    """The distance is that of the whole batch; batches of one sample leave process 1 with an empty share."""
+def two_of_srun(folder: Path, *options: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
+    return [command(folder, *options, **variables, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+
+
+@pytest.mark.slow
+def test_adapters_that_draw_or_move_do_so_alike_in_a_sweep_of_two_processes(composed: Compose, tmp_path: Path) -> None:
+    """All in the same two processes: gates and projections are drawn, W follows a product, AdaLoRA moves ranks."""
+    names = ("matryoshka", "gated", "rerandomised", "delta_lora", "adalora")
+    options = ("layers.qkv=fused", "data.batch_size=5", "finetune.epochs=2", "finetune.tag='${adapter.name}'")
+    for name in names:
+        finetune.run(composed(*OPTIONS, *options, f"adapter={name}", "run=one"))
+    sweep = ("-m", "stage=finetune", f"adapter={','.join(names)}")
+    for status, _, errors in [ended(process) for process in two_of_srun(tmp_path, *options, "run=two", *sweep)]:
+        assert status == 0, errors
+    for name in names:
+        same_results(*(folder / "finetune" / name for folder in (tmp_path / "runs" / "one", tmp_path / "two")))
+
+
+@pytest.mark.slow
+def test_processes_that_srun_starts_align_as_one(composed: Compose, tmp_path: Path) -> None:
+    """The distance is that of the whole batch; batches of one sample leave process 1 with an empty share."""
     options = ("stage=align", "align.samples_per_class=1")
     one = composed(*OPTIONS, *options, "run=one")
     align.run(one)
-    variables = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": port}
-    started = [
-        command(tmp_path, *options, "run=two", **variables, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"
-    ]
-    for process, lines in zip(started, (1, 0), strict=True):
+    for process, lines in zip(two_of_srun(tmp_path, *options, "run=two"), (1, 0), strict=True):
         status, out, errors = ended(process)
         assert status == 0, errors
         assert out.count("held-out distance") == lines
@@ -380,18 +457,68 @@ def test_processes_that_srun_starts_align_as_one(composed: Compose, tmp_path: Pa
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def same_numbers(one: Any, other: Any, place: str = "") -> None:
+    """Singular values as near as the largest allows: of those about the rounding of float32 nothing is left to say."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for name, value in one.items():
+            same_numbers(value, other[name], f"{place}/{name}")
+    elif isinstance(one, list) and place.endswith("singular_values"):
+        kept = [[value for value in values if value > 1e-4 * values[0]] for values in (one, other)]
+        assert kept[0] == pytest.approx(kept[1], rel=1e-4, abs=1e-5 * one[0]), place
+    elif isinstance(one, list):
+        assert len(one) == len(other), place
+        for i, value in enumerate(one):
+            same_numbers(value, other[i], f"{place}/{i}")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6), place
+    else:
+        assert one == other, place
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one(composed: Compose, tmp_path: Path) -> None:
+    """What gap=spectra and gap=gora measure, and a further target; process 1 has none of the 17th image."""
+    options = (
+        "stage=measure",
+        r"layers.target='(attn\.qkv|mlp\.fc1)$'",
+        "gap=spectra",
+        "gap.measurements.whitened_gradient=true",
+        "gap.measurements.mean_gradient=true",
+        "gap.samples=17",
+        "gap.batch_size=8",
+        "gap.tokens=40",
+        "gap.null_splits=2",
+        "gap.bootstrap=5",
+        "gap.permutations=9",
+        "+data@measure.compare.near=digits_near",
+    )
+    one = composed(*OPTIONS, *options, "run=one")
+    measure.run(one)
+    status, out, errors = ended(command(tmp_path, *options, "run=two"))
+    assert status == 0, errors
+    assert errors == "" and out.count("written to ") == 1
+    folders = Path(one.paths.runs) / "one" / "measure", tmp_path / "two" / "measure"
+    for name in ("layers.json", "compare/near.json"):
+        found = [json.loads((folder / name).read_text()) for folder in folders]
+        assert len(found[0]["layers"]) == 8
+        same_numbers(found[0]["layers"], found[1]["layers"], name)
+    directions = [load_file(folder / "directions.safetensors") for folder in folders]
+    for name in (name for name in directions[0] if name.startswith("mean_gradient")):
+        assert apart(directions[1][name], directions[0][name]) < 1e-5, name
+    left = {path.name for path in folders[1].iterdir()}
+    assert left == {"layers.json", "compare", "directions.safetensors", "command.txt"}
+
+
 def children(process: subprocess.Popen) -> list[int]:
     """The processes that a command started to train in, first to last."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
-def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: Compose, tmp_path: Path) -> None:
-    options = ("stage=finetune", "finetune.epochs=30", "finetune.optimizer.lr=0.002")
-    process = command(tmp_path, *options, "run=two")
-    folder, limit = tmp_path / "two" / "finetune" / "mine", time.monotonic() + 200
+def killed(tmp_path: Path, folder: Path, *options: str) -> None:
+    """End the second of two processes once a stage has left a checkpoint in its folder, and see the command end."""
+    process, limit = command(tmp_path, *options), time.monotonic() + 200
     while not (folder / "previous.ckpt").exists() and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.05)
     os.kill(children(process)[1], signal.SIGKILL)
@@ -400,9 +527,31 @@ def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: C
     assert "process 1 of 2 was ended by SIGKILL" in errors and "goes on from the last checkpoint" in errors
     assert "Traceback" not in errors
     assert (folder / "last.ckpt").exists() and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
+def test_a_killed_process_ends_the_command_which_can_be_gone_on_with(composed: Compose, tmp_path: Path) -> None:
+    options = ("stage=finetune", "finetune.epochs=30", "finetune.optimizer.lr=0.002")
+    folder = tmp_path / "two" / "finetune" / "mine"
+    killed(tmp_path, folder, *options, "run=two")
     status, out, errors = ended(command(tmp_path, *options, "run=two"))
     assert status == 0, errors
     assert "going on from" in out
     one = composed(*OPTIONS, *options, "run=one")
     finetune.run(one)
     same_results(Path(one.paths.runs) / "one" / "finetune" / "mine", folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="children are looked up in /proc")
+def test_an_alignment_whose_process_was_killed_is_gone_on_with(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one process, to the embedder that one process would have made without a break."""
+    options = ("stage=align", "align.epochs=40", "align.samples_per_class=1")
+    killed(tmp_path, tmp_path / "two" / "align", *options, "run=two")
+    align.run(composed(*OPTIONS, *options, f"paths.runs={tmp_path}", "run=two"))
+    assert "going on from" in capsys.readouterr().out
+    align.run(composed(*OPTIONS, *options, f"paths.runs={tmp_path}", "run=one"))
+    same_tensors(*(tmp_path / run / "align" / "embedder.safetensors" for run in ("one", "two")))

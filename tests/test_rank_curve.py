@@ -35,6 +35,7 @@ def test_a_row_is_the_model_cut_to_its_rank(composed: Callable[..., DictConfig])
     with open(run / "finetune/nested/rank_curve.csv", newline="") as stream:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(stream)]
     assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert [row["scale"] for row in rows] == pytest.approx([4, 4 / 2**0.5, 4 / 3**0.5])  # rslora
     data = build(config.data)
     for row in rows:
         fitted = load(run, tag="nested")

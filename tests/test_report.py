@@ -24,7 +24,7 @@ from orca_rank.stages import gallery, report
 from orca_rank.task import Task
 
 COLUMNS = [
-    "tag", "adapter", "rule", "budget", "mean_rank", "seed", "trainable_total", "trainable_adapter",
+    "tag", "adapter", "rule", "budget", "mean_rank", "scale", "seed", "trainable_total", "trainable_adapter",
     "trainable_embedder", "trainable_predictor", "trainable_other", "total_parameters", "metric", "val", "test",
     "seconds", "epochs", "data", "backbone",
 ]  # fmt: skip
@@ -77,18 +77,19 @@ def test_a_whole_run_makes_one_self_contained_page(config: DictConfig, run: Path
 
 
 def test_summary_has_one_row_a_fine_tune(config: DictConfig, run: Path) -> None:
-    finetune(run, "b", 0.5)
-    finetune(run, "a", 0.25)
+    finetune(run, "b", 0.5, scale=4.0)
+    finetune(run, "a", 0.25, scale={"min": 1.0, "max": 2.5})
+    finetune(run, "c", 0.75)  # of before scales were written
     report.run(config)
     with open(run / "summary.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == COLUMNS
-    assert [row["tag"] for row in rows] == ["a", "b"]
-    assert rows[0] | {"tag": ""} == {
-        "tag": "", "adapter": "lora", "rule": "uniform", "budget": "mean_rank=4", "mean_rank": "4.0", "seed": "7",
-        "trainable_total": "321", "trainable_adapter": "300", "trainable_embedder": "0", "trainable_predictor": "21",
-        "trainable_other": "0", "total_parameters": "9000", "metric": "error", "val": "0.25", "test": "0.3125",
-        "seconds": "2.5", "epochs": "3", "data": "a.b.Far", "backbone": "swin",
+    assert [(row["tag"], row["scale"]) for row in rows] == [("a", "1 to 2.5"), ("b", "4"), ("c", "")]
+    assert rows[0] | {"tag": "", "scale": ""} == {
+        "tag": "", "adapter": "lora", "rule": "uniform", "budget": "mean_rank=4", "mean_rank": "4.0", "scale": "",
+        "seed": "7", "trainable_total": "321", "trainable_adapter": "300", "trainable_embedder": "0",
+        "trainable_predictor": "21", "trainable_other": "0", "total_parameters": "9000", "metric": "error",
+        "val": "0.25", "test": "0.3125", "seconds": "2.5", "epochs": "3", "data": "a.b.Far", "backbone": "swin",
     }  # fmt: skip
 
 

@@ -81,8 +81,8 @@ def test_a_run_of_evidence_alone_is_reported(config: DictConfig) -> None:
 def test_the_page_of_text_says_what_the_claims_say() -> None:
     text = markdown(CLAIMS, [ROW, replace(ROW, seconds=3598.0)], ["darcy: rank hardly matters."])
     lines = text.splitlines()
-    assert lines[2] == "| a beats uniform; well | **supported** | -3.0 % of the error | [-4.5, -1.5] | 16 |"
-    assert lines[4] == "| rank grows | **undecided** |  |  | 12 |"
+    assert lines[2] == "| a beats uniform; well | **supported** | -3.0 % of the error | [-4.5, -1.5] | 0.01 | 16 |"
+    assert lines[4] == "| rank grows | **undecided** |  |  | 1 | 12 |"
     assert lines[6:] == ["- darcy: rank hardly matters.", "", "2 fine-tunes, 1.0 hours of training."]
 
 

@@ -364,6 +364,32 @@ def test_a_folder_has_one_owner_who_is_named(composed: Compose) -> None:
     assert not list(path.iterdir())  # nothing was written, so nothing is left
 
 
+def test_a_folder_that_its_owner_removes_is_waited_for(tmp_path: Path) -> None:
+    waiter = (
+        "import sys; from pathlib import Path; from orca_rank.artifacts.lock import locked\n"
+        "for line in sys.stdin:\n"
+        "    with locked(Path(sys.argv[1]), wait=True): print('held', flush=True)"
+    )
+    environment, place = {**os.environ, "PYTHONPATH": str(ROOT)}, tmp_path / "new" / "one"
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiter, str(place)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    for _ in range(5):
+        with locked(place):
+            process.stdin.write("now\n")
+            process.stdin.flush()
+            assert "waiting for it" in process.stderr.readline()
+        assert process.stdout.readline() == "held\n"
+    process.communicate()
+    assert process.returncode == 0 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stage", [align, finetune, measure, predict], ids=lambda stage: stage.__name__)
 def test_a_stage_does_not_write_beside_another_process(
     composed: Compose, stage: Any, monkeypatch: pytest.MonkeyPatch

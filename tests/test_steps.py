@@ -88,7 +88,7 @@ class Fitting(L.Trainer):
 
 def test_the_average_is_what_its_formula_says() -> None:
     weights = {"w": torch.zeros(3), "count": torch.tensor(0)}
-    average = Average(0.5, lambda: weights)
+    average = Average(0.5, lambda: weights, {"w"})
     trainer, module = Fitting(), L.LightningModule()
     average.on_train_start(trainer, module)
     expected = torch.zeros(3)
@@ -111,7 +111,7 @@ def test_the_average_is_what_its_formula_says() -> None:
     average.on_validation_start(trainer, module)
     assert torch.equal(weights["w"], now)
 
-    again = Average(0.5, lambda: weights)
+    again = Average(0.5, lambda: weights, {"w"})
     again.load_state_dict(average.state_dict())
     again.on_train_start(trainer, module)
     assert torch.equal(again.values["w"], average.values["w"]) and again.steps == 11

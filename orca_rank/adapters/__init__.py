@@ -25,7 +25,15 @@ from orca_rank.adapters.peft_backed import PeftAdapter
 from orca_rank.adapters.peft_format import load_peft, save_peft
 from orca_rank.adapters.probe import probe
 from orca_rank.adapters.quantised import QLoRA, paged_adamw
-from orca_rank.adapters.steps import Steps, begin_step, end_step, extra_loss, parameter_groups
+from orca_rank.adapters.steps import (
+    Steps,
+    begin_step,
+    end_step,
+    extra_loss,
+    moved_ranks,
+    parameter_groups,
+    scales,
+)
 from orca_rank.adapters.variants import Additive, DeltaLoRA, ReRandomised
 
 __all__ = [
@@ -61,11 +69,13 @@ __all__ = [
     "load_adapter_state_dict",
     "load_peft",
     "merge",
+    "moved_ranks",
     "paged_adamw",
     "parameter_groups",
     "probe",
     "prune",
     "save_peft",
+    "scales",
     "set_memory",
     "set_rank",
     "trainable_adapter_parameters",

@@ -119,12 +119,22 @@ class ElaLoRA(LoRA):
         now += (self.lora_B * self.lora_B.grad).abs().mean(0)
         self.importance.mul_(self.decay).add_(now, alpha=1 - self.decay)
 
+    def renewed(self) -> dict[str, Tensor]:
+        """Slots in which a direction has just died or been born: there λ is 0 to the bit."""
+        anew = self.lambdas.detach() == 0
+        return {"lora_A": anew[:, None], "lora_B": anew, "lambdas": anew}
+
     @property
     def due(self) -> bool:
         """Whether directions move after this step."""
         return (
             self.run is not None and self.run[0] <= int(self.steps) < self.run[1] and not int(self.steps) % self.every
         )
+
+    @property
+    def settled(self) -> bool:
+        """Whether no move is due any more."""
+        return self.run is None or (int(self.steps) // self.every + 1) * self.every >= self.run[1]
 
     @torch.no_grad()
     def prune(self, slot: int) -> None:

@@ -81,6 +81,7 @@ class LoRA(nn.Module):
     low_rank: ClassVar[bool] = True  # whether ΔW is a product, so that `factors` says it all
     host: ClassVar[Callable[..., nn.Linear] | None] = None  # another class than AdaptedLinear to carry this adapter
     inits: ClassVar[tuple[str, ...]] = INITS  # what this kind of adapter can start from
+    learned_buffers: ClassVar[tuple[str, ...]] = ()  # those that every step moves as it does parameters
 
     start_A: Tensor | None  # (r, d_in) and (d_out, r): A₀ and B₀ where the initialisation moves W₀
     start_B: Tensor | None
@@ -231,6 +232,16 @@ class LoRA(nn.Module):
 
     def end_step(self) -> None:
         """Called after the optimiser's step; plain LoRA needs nothing."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether a schedule that changes what is trained has come to its end; plain LoRA has none."""
+        return True
+
+    def renewed(self) -> dict[str, Tensor]:
+        """Own parameter -> a mask of its entries (or one that broadcasts) that the last step set anew rather than
+        moved: an average over steps begins there again. Plain LoRA has none."""
+        return {}
 
     def extra_loss(self) -> Tensor | None:
         """A term to add to the loss, or None."""

@@ -1,6 +1,6 @@
 """What a training loop calls around its steps; each does nothing where no adapter needs it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from orca_rank.adapters.dylora import DyLoRA, begin_dylora
 from orca_rank.adapters.elastic import ElaLoRA, reallocate
 from orca_rank.adapters.linear import adapted, adapters
+from orca_rank.adapters.lora import LoRA
 from orca_rank.adapters.peft_backed import tuner_of
 
 
@@ -60,6 +61,27 @@ class Steps:
             terms.append(term)
         return torch.stack(terms).sum() if terms else 0.0
 
+    @property
+    def settled(self) -> bool:
+        """Whether every schedule is over by which a model before is of another kind than the one the run ends with:
+        ranks that move, a budget that shrinks, a W that does not follow yet."""
+        return all(adapter.settled for adapter in self.adapters) and (self.tuner is None or self.tuner.settled)
+
+    def renewed(self) -> dict[str, Tensor]:
+        """Parameter, by its name in the model -> a mask of what the last step set anew in it, see `LoRA.renewed`."""
+        found = self.tuner.renewed() if self.tuner else {}
+        for prefix, adapter in self._named():
+            found |= {f"{prefix}.{name}": mask for name, mask in adapter.renewed().items()}
+        return found
+
+    def learned_buffers(self) -> set[str]:
+        """The buffers that steps move as they do parameters, by their names in the model."""
+        return {f"{prefix}.{name}" for prefix, adapter in self._named() for name in adapter.learned_buffers}
+
+    def _named(self) -> Iterator[tuple[str, LoRA]]:
+        for name, module in self.modules.items():
+            yield from ((f"{name}.branches.{part}", branch) for part, branch in module.parts.items())
+
     def state_dict(self) -> dict[str, Any]:
         """What adapters go on from beside their tensors, as tensors and plain values."""
         return self.tuner.state_dict() if self.tuner else {}
@@ -83,6 +105,19 @@ def end_step(model: nn.Module) -> None:
 def extra_loss(model: nn.Module) -> Tensor | float:
     """`Steps.extra_loss`, likewise."""
     return Steps(model).extra_loss()
+
+
+def moved_ranks(model: nn.Module) -> dict[str, int]:
+    """Layer -> the rank that it has now, of adapters that move ranks in training (AdaLoRA, ElaLoRA); else empty."""
+    found = {name: int(one.alive.sum()) for name, one in adapters(model).items() if isinstance(one, ElaLoRA)}
+    tuner = tuner_of(model)
+    return found | (tuner.ranks() if tuner else {})
+
+
+def scales(model: nn.Module) -> dict[str, float]:
+    """Layer -> the scale s of its update as it is in effect, whatever α and rank it comes from."""
+    tuner = tuner_of(model)
+    return {name: one.scale for name, one in adapters(model).items()} | (tuner.scales() if tuner else {})
 
 
 def parameter_groups(model: nn.Module, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:

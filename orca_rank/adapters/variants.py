@@ -62,6 +62,11 @@ class DeltaLoRA(LoRA):
         """Whether W follows the product by now."""
         return bool(self.start_A.any())  # A_K; an A is never zero
 
+    @property
+    def settled(self) -> bool:
+        """Before W follows this is plain LoRA."""
+        return self.follows
+
     def run_of(self, steps: int) -> None:
         """Begin after a share of a run of so many optimiser steps, if `start` is one."""
         self.start = round(self.start * steps) if self.start < 1 else int(self.start)
@@ -88,6 +93,12 @@ class DeltaLoRA(LoRA):
         self.steps += 1
         if int(self.steps) == self.start:
             self._follow()
+
+    def renewed(self) -> dict[str, Tensor]:
+        """All of A and B at step K: an average that lags behind A_K and B_K would follow its lag."""
+        if int(self.steps) != self.start:
+            return {}
+        return {name: torch.ones_like(self.steps, dtype=torch.bool) for name in ("lora_A", "lora_B")}
 
     @torch.no_grad()
     def offset(self) -> Float[Tensor, "d_out d_in"] | None:
@@ -156,6 +167,7 @@ class ReRandomised(LoRA):
     """
 
     inits: ClassVar[tuple[str, ...]] = ("kaiming",)
+    learned_buffers: ClassVar[tuple[str, ...]] = ("accumulated",)
     project_in: Tensor
     project_out: Tensor
     accumulated: Tensor

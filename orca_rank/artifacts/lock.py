@@ -21,36 +21,36 @@ log = logging.getLogger("orca_rank.lock")
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool | None = None) -> Iterator[None]:
     """Hold a folder while the block runs; the operating system lets it go when the process dies, however it dies.
 
     Args:
-        folder: made if it is not there. wait: until another process has let it go, instead of the error; also with the
-            environment variable ORCA_RANK_WAIT, which is set for the points of a sweep that run beside each other.
+        folder: made if it is not there. wait: until another process has let it go, instead of the error; null: as the
+            environment variable ORCA_RANK_WAIT says, which is set for the points of a sweep that run beside each other.
 
     Raises:
         BlockingIOError: another process holds it; says which.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    handle = _hold(path, wait or bool(os.environ.get(WAIT)))
+    handle, made = _hold(folder, bool(os.environ.get(WAIT)) if wait is None else wait)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
+        (folder / LOCK).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # where nothing was written, no trace is left
             for place in made:
                 place.rmdir()
+        os.close(handle)
 
 
-def _hold(path: Path, wait: bool) -> int:
+def _hold(folder: Path, wait: bool) -> tuple[int, list[Path]]:
+    """A handle of the folder's lock, and the folders that were made for it, inner ones first."""
+    path = folder / LOCK
     while True:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # the owner before has removed the folder
-            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # the owner before has made it and removes it this moment
             continue
         try:
             if fcntl is not None:
@@ -66,9 +66,10 @@ def _hold(path: Path, wait: bool) -> int:
         except OSError:  # a filesystem without locks
             pass
         # The owner before may have removed the very file that was waited for: then it is made anew.
-        if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
         os.close(handle)
     os.truncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {platform.node()} since {time.strftime('%F %T')}".encode(), 0)
-    return handle
+    return handle, made

@@ -32,6 +32,8 @@ SINCE = {
     "finetune.reduction": "mean",
     "gap.measurements.mean_gradient": False,
     "gap.measurements.whitened_gradient": False,
+    "rule_learned_at": 16,  # of a row of the evidence
+    "rule_r_min": 0,
 }
 LARGE, BLOCK, BLOCKS = 2**30, 2**18, 256  # bytes of a file; of a block of it, and how many, that stand for a larger one
 

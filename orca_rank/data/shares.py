@@ -44,13 +44,16 @@ def sizes_of(loader: Any) -> Sizes | None:
     return Sizes(len(batches.sampler), batches.batch_size)
 
 
-def share(loader: DataLoader, rank: int, size: int) -> DataLoader:
+def share(loader: DataLoader, rank: int, size: int, option: str = "data.batch_size") -> DataLoader:
     """A loader of the same batches in the same order, of each of which process `rank` of `size` sees every size-th
     sample from number `rank` on: together they see what the loader gives.
 
     A process whose share of a batch is empty gets the batch's first sample, since all must take part in every step:
     `Sizes.own` says so. Augmentation is drawn for the whole batch, so that it does not depend on the number of
     processes.
+
+    Args:
+        option: that says how many samples a batch has.
 
     Raises:
         ValueError: for a loader whose batches are not known beforehand, or smaller than the number of processes.
@@ -66,7 +69,7 @@ def share(loader: DataLoader, rank: int, size: int) -> DataLoader:
         )
     if sizes.batch_size < size:
         raise ValueError(
-            f"data.batch_size={sizes.batch_size} is shared by {size} processes: expected at least a sample for each"
+            f"{option}={sizes.batch_size} is shared by {size} processes: expected at least a sample for each"
         )
     dataset, batches = loader.dataset, loader.batch_sampler
     if isinstance(dataset, Batches):

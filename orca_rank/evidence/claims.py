@@ -10,6 +10,7 @@ from orca_rank.evidence.points import FROZEN, UNIFORM, Row
 from orca_rank.evidence.protocol import Protocol, Waiting, best_rate
 from orca_rank.evidence.verdicts import (
     Claim,
+    any_of,
     gap_against_shuffled,
     parameters_at_equal_error,
     rules_against_uniform,
@@ -30,7 +31,8 @@ def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -
         for tasks in groups:
             for control in protocol.permuted:
                 yield from gap_against_shuffled(rows, tasks, rank, control=control)
-            yield from rules_against_uniform(rows, tasks, rank)
+            yield from any_of(found := rules_against_uniform(rows, tasks, rank), "rule")
+            yield from found
         for rule in protocol.rules:
             yield from parameters_at_equal_error(protocol, rows, compared, rank, rule)
     if protocol.own_rates is not None:
@@ -41,7 +43,8 @@ def claims(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -
         first, rank = protocol.arms[0], protocol.arms_rank
         tried = [task for task in protocol.tasks if any(row.part == "arms" and row.task == task for row in rows)]
         for tasks in ([tried] if len(tried) > 1 else []) + [[task] for task in tried]:
-            yield from rules_against_uniform(rows, tasks, rank, "arms", first)
+            yield from any_of(found := rules_against_uniform(rows, tasks, rank, "arms", first), "other arm")
+            yield from found
     yield from grows_with_gap(protocol, rows, gaps)
 
 

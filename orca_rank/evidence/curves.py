@@ -11,7 +11,7 @@ from scipy import stats
 from orca_rank.evidence.compare import Estimate, paired
 from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row
 from orca_rank.evidence.protocol import Protocol, rank_matters
-from orca_rank.evidence.verdicts import LEVEL, Claim, cross_entropy, errors_of, in_cross_entropy, notes
+from orca_rank.evidence.verdicts import LEVEL, Claim, change, cross_entropies, errors_of, notes
 
 GROWS = "the best uniform rank grows with the gap of the task"
 
@@ -25,12 +25,11 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
     for task in protocol.tasks:
         errors = {rank: errors_of(rows, task, rank, UNIFORM, "gate") for rank in (low, high)}
         seeds = sorted(set(errors[low]) & set(errors[high]))
-        mean = float(np.mean(list(errors[low].values()) or [0.0]))
-        if len(seeds) < 2 or not mean > 0:
+        if len(seeds) < 2 or not (gate := rank_matters(protocol, rows, task)).low > 0:
             continue
-        gate = rank_matters(protocol, rows, task)
         estimate = _of_rank(errors[low], errors[high])
-        losses = {rank: errors_of(in_cross_entropy(rows), task, rank, UNIFORM, "gate") for rank in (low, high)}
+        losses = [errors_of(cross_entropies(rows), task, rank, UNIFORM, "gate") for rank in (low, high)]
+        shared = losses[0].keys() & losses[1].keys()
         below, above = estimate.interval()
         claims.append(
             Claim(
@@ -43,8 +42,10 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
                 estimate.p,
                 estimate.runs * 2,
                 notes(
-                    f"asked for more than 3 standard deviations of a seed ({300 * gate.spread / gate.low:.1f} %)",
-                    cross_entropy(_of_rank(losses[low], losses[high]) if losses[low].keys() & losses[high] else None),
+                    f"asked for more than 3 standard deviations of a run, of their differences over √2 "
+                    f"({300 * gate.spread / gate.low:.1f} %)",
+                    f"cross-entropy {change(_of_rank(*losses))}" if shared else "",
+                    *_fewer(protocol, rows, task, (low, high)),
                 ),
             )
         )
@@ -53,8 +54,15 @@ def ranks_matter(protocol: Protocol, rows: Sequence[Row]) -> list[Claim]:
 
 def _of_rank(low: Mapping[tuple[int, int], float], high: Mapping[tuple[int, int], float]) -> Estimate:
     """What the larger rank adds, in per cent of the smaller one's mean, paired by seed."""
-    mean = float(np.mean(list(low.values())))
-    return paired([100 / mean * (high[seed] - low[seed]) for seed in sorted(low.keys() & high.keys())])
+    seeds = sorted(low.keys() & high.keys())
+    mean = float(np.mean([low[seed] for seed in seeds]))
+    return paired([100 / mean * (high[seed] - low[seed]) for seed in seeds])
+
+
+def _fewer(protocol: Protocol, rows: Sequence[Row], task: str, ranks: Sequence[int]) -> list[str]:
+    curve = [row for row in rows if (row.part, row.task, row.rule) == ("gate", task, UNIFORM) and row.diverged]
+    counts = {rank: sum(row.rank == rank for row in curve) for rank in ranks}
+    return [f"{count} of {protocol.gate_seeds} runs of r = {rank} diverged" for rank, count in counts.items() if count]
 
 
 def grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, float]) -> list[Claim]:
@@ -75,6 +83,8 @@ def grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, f
         runs += sum(map(len, errors.values()))
         if task in gaps and all(errors.values()):
             means = {rank: float(np.mean(found)) for rank, found in errors.items()}
+            if not means[min(means)] > 0:  # nothing to be relative to
+                continue
             best[task] = min(means, key=lambda rank: means[rank])
             worth[task] = 100 * (1 - means[max(means)] / means[min(means)])
     if len(best) < 2:
@@ -89,8 +99,8 @@ def grows_with_gap(protocol: Protocol, rows: Sequence[Row], gaps: Mapping[str, f
 def _rising(claim: str, gaps: Mapping[str, float], found: Mapping[str, float], form: str, runs: int) -> Claim:
     x, y = [gaps[task] for task in found], [found[task] for task in found]
     note = ", ".join(f"{task}: gap {gaps[task]:.3g}, {form.format(value)}" for task, value in found.items())
-    if len(set(y)) == 1:
-        note = f"the same on every task; {note}"
+    if len(set(y)) == 1 or len(set(x)) == 1:
+        note = f"{'the same' if len(set(y)) == 1 else 'one gap'} on every task; {note}"
         return Claim(claim, "undecided", float("nan"), float("nan"), float("nan"), "Kendall's τ", 1.0, runs, note)
     tau = float(stats.kendalltau(x, y).statistic)
     draws = np.array([stats.kendalltau(x, order).statistic for order in _orders(y)])
@@ -100,37 +110,38 @@ def _rising(claim: str, gaps: Mapping[str, float], found: Mapping[str, float], f
 
 
 def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:
-    """The gate's answer for a user: does rank matter here, which rank, at which rate, and what it costs.
+    """The gate's answer for a user: does rank matter here, which rank, at which rates, and what it costs.
+
+    Where it matters, the smallest rank whose mean validation error is no more than a standard deviation of a run above
+    the best; else the smallest of the curve.
 
     Raises:
         ValueError: if the rank curve of the task is not there.
     """
-    gate = rank_matters(protocol, rows, task)
-    means: dict[int, float] = {}
-    for rank in sorted(protocol.gate):
-        errors = list(errors_of(rows, task, rank, UNIFORM, "gate").values())
-        if errors:
-            means[rank] = float(np.mean(errors))
-    rank = min(means)
+    gate, judged = rank_matters(protocol, rows, task), rank_matters(protocol, rows, task, "val")
+    curve = {rank: _of_curve(rows, task, UNIFORM, rank) for rank in sorted(protocol.gate)}
+    curve = {rank: found for rank, found in curve.items() if found}
+    rank = min(curve)
     if gate.matters:
-        # The smallest rank that is no more than a seed's standard deviation above the best.
-        rank = min(r for r, mean in means.items() if mean <= min(means.values()) + gate.spread)
-    row = next(row for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank))
-    others = [
-        f"{name} {np.mean(found):.4g}"
-        for name, found in (
-            ("frozen body", list(errors_of(rows, task, 0, FROZEN, "gate").values())),
-            ("full fine-tuning", list(errors_of(rows, task, 0, FULL, "gate").values())),
-        )
-        if found
-    ]
-    curve = ", ".join(f"r = {r}: {mean:.4g}" for r, mean in means.items())
-    answer = "rank matters" if gate.matters else "rank hardly matters"
+        means = {r: float(np.mean([row.val for row in found])) for r, found in curve.items()}
+        rank = min(r for r, mean in means.items() if mean <= min(means.values()) + judged.spread)
+    row = curve[rank][0]
+    others = (("frozen body", FROZEN), ("full fine-tuning", FULL))
+    known = [(f"r = {r}", found) for r, found in curve.items()]
+    known += [(name, found) for name, rule in others if (found := _of_curve(rows, task, rule, 0))]
+    errors = ", ".join(f"{name}: {np.mean([row.test for row in found]):.4g}" for name, found in known)
+    answer = "rank matters" if gate.matters else "whether rank matters cannot be told, so the smallest will do"
     return (
-        f"{task}: {answer} ({curve}; {', '.join(others)}; a seed's standard deviation {gate.spread:.2g}). "
-        f"Use rank=uniform rank.r={rank} finetune.optimizer.lr={row.lr:g} finetune.predictor_lr={row.predictor_lr:g}: "
-        f"{row.parameters:,} trained parameters, {row.seconds:.0f} s a run here."
+        f"{task}: {answer} (test error at {errors}; a run's standard deviation {gate.spread:.2g}). "
+        f"Use rank=uniform rank.r={rank} finetune.optimizer.lr={row.lr:g} finetune.predictor_lr={row.predictor_lr:g} "
+        f"finetune.embedder_lr={row.predictor_lr:g}: {row.parameters:,} trained parameters, {row.seconds:.0f} s a run "
+        f"where it ran. The embedder was not aligned (embedder.aligned=false)."
     )
+
+
+def _of_curve(rows: Sequence[Row], task: str, rule: str, rank: int) -> list[Row]:
+    mine = [row for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, rule, rank)]
+    return [row for row in mine if not row.diverged]
 
 
 def _orders(values: Sequence[float], most: int = 7) -> list[list[float]]:

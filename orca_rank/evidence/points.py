@@ -35,15 +35,16 @@ class Point:
         """A folder name that no other point has."""
         return (
             f"{self.part}-{self.rule}-r{self.rank}-s{self.seed}-p{self.permutation}-"
-            f"lr{self.lr:.3g}-{self.predictor_lr:.3g}"
+            f"lr{self.lr:.6g}-{self.predictor_lr:.6g}"
         )
 
 
 @dataclass(frozen=True)
 class Row(Point):
-    """A point and what came out; val and test are the task's metric, lower is better.
+    """A point and what came out; val and test are the task's metric, lower is better, inf where the run diverged.
 
     Args:
+        parameters: trained ones, 0 where the run diverged.
         cross_entropy: of the test samples where the task has classes, else NaN: an error counts images, of which few
             change sides, and says less.
     """
@@ -57,6 +58,10 @@ class Row(Point):
     @property
     def point(self) -> Point:
         return Point(**{item.name: getattr(self, item.name) for item in fields(Point)})
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.test)
 
     def to_dict(self) -> dict[str, str | int | float]:
         """A line of evidence.csv; `budget` is the rank under the name that its readers know, and what has no

@@ -27,7 +27,7 @@ class Protocol:
         rates: the grid, which extends itself where its edge wins.
         rate_seeds: how many seeds, other than those of the comparisons, choose a rate.
         steps: how often an edge may be extended.
-        own_rates: the budget at which every rule also chooses its own rate, or None.
+        own_rates: the one of the budgets at which every rule also chooses its own rate, or None.
         arms: names of other changes of the config, the first the one that all others are compared with, each at its own
             rate at the parameters of uniform rank arms_rank.
 
@@ -43,7 +43,7 @@ class Protocol:
     gate_seeds: int = 3
     rate_seeds: int = 1
     many: Mapping[str, int] | None = None
-    permuted: tuple[str, ...] = ("shuffled",)
+    permuted: tuple[str, ...] = ()
     permutations: int = 4
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     steps: int = 3
@@ -71,8 +71,13 @@ class Protocol:
             raise ValueError(f"evidence.arms has names of rules: {', '.join(both)}")
         if len(self.rates) < 2 or list(self.rates) != sorted(set(self.rates)) or not self.rates[0] > 0:
             raise ValueError(f"evidence.rates must be at least 2 rising rates above 0, received {list(self.rates)}")
-        if unknown := sorted(set(self.many or {}) - set(self.rules)):
-            raise ValueError(f"evidence.many names {unknown}, which evidence.rules does not have")
+        for name in ("many", "permuted"):
+            if unknown := sorted({*(getattr(self, name) or ())} - {*self.rules}):
+                raise ValueError(f"evidence.{name} names {', '.join(unknown)}, which evidence.rules does not have")
+        if self.own_rates is not None and self.own_rates not in self.budgets:
+            raise ValueError(
+                f"evidence.own_rates={self.own_rates} must be one of evidence.budgets={list(self.budgets)}, or null"
+            )
 
     def seeds_of(self, rule: str) -> int:
         """How many seeds a rule has; uniform has as many as the rule that has most."""
@@ -146,7 +151,7 @@ def _curve_and_rules(
     yield gate
     if missing:
         raise Waiting(missing)
-    if any(point not in done for point in gate) or not rank_matters(protocol, rows, task).matters:
+    if any(point not in done for point in gate) or not _opens(protocol, rows, task):
         return
     for rank in protocol.budgets:
         yield [
@@ -166,6 +171,13 @@ def _curve_and_rules(
         ]
         if missing:
             raise Waiting(missing)
+
+
+def _opens(protocol: Protocol, rows: Sequence[Row], task: str) -> bool:
+    try:
+        return rank_matters(protocol, rows, task).matters
+    except ValueError:  # all but one of its seeds diverged
+        return False
 
 
 def _arms(protocol: Protocol, task: str, rows: Sequence[Row], done: set[Point], head: float) -> Iterator[list[Point]]:
@@ -234,11 +246,12 @@ def best_rate(
 
 
 def _least(means: Sequence[float]) -> int:
-    """The place of the least mean; of several that tie, as errors of few images do, the one in their middle, so that a
-    grid does not grow for a tie."""
+    """The place of the least mean; of several that tie, as errors of few images do, the one in their middle that is no
+    edge, so that a grid does not grow for a tie."""
     least = min((mean for mean in means if math.isfinite(mean)), default=math.nan)
     places = [place for place, mean in enumerate(means) if mean == least] or [0]
-    return places[len(places) // 2]
+    inner = [place for place in places if 0 < place < len(means) - 1] or places
+    return inner[len(inner) // 2]
 
 
 @dataclass(frozen=True)
@@ -248,7 +261,7 @@ class Gate:
     Args:
         low, high: mean errors at the smallest and the largest rank. spread: the standard deviation of a run in what the
             two ranks of a seed do not share: that of their difference over √2. What a seed does to both (a teacher, a
-            split) says nothing of ranks.
+            split) says nothing of ranks, so this is not the standard deviation over seeds of either.
     """
 
     low: float
@@ -257,23 +270,23 @@ class Gate:
 
     @property
     def matters(self) -> bool:
-        """Whether the two lie more than three standard deviations of a seed apart."""
+        """Whether the two lie more than three of these standard deviations apart."""
         return abs(self.low - self.high) > 3 * self.spread
 
 
-def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str) -> Gate:
-    """The gate of a task, from its rank curve.
+def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str, part: str = "test") -> Gate:
+    """The gate of a task, from those seeds of its rank curve that did not diverge; part: "test" or "val".
 
     Raises:
-        ValueError: if the curve is not there.
+        ValueError: if the curve is not there, or fewer than 2 seeds of it.
     """
     if not protocol.gate:
         raise ValueError(f"there is no rank curve of {task}: evidence.gate is empty")
     errors = [
         {
-            row.seed: row.test
+            row.seed: getattr(row, part)
             for row in rows
-            if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank)
+            if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank) and not row.diverged
         }
         for rank in (min(protocol.gate), max(protocol.gate))
     ]

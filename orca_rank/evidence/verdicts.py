@@ -84,16 +84,21 @@ def rule_differences(
     scale = 100 / error
     sign = 1.0 if permuted is first else -1.0
     table = np.array([[sign * scale * (permuted[seed, p] - plain[seed, 0]) for p in permutations] for seed in complete])
-    return crossed(table) if min(table.shape) > 1 else paired(table.ravel().tolist())
+    if min(table.shape) > 1:
+        return crossed(table)
+    if len(table) == 1:  # many permutations of one seed do not say what seeds do
+        return Estimate(float(table.mean()), np.inf, 1, table.size)
+    return paired(table.ravel().tolist())
 
 
 def over_tasks(
     rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str, against: str = UNIFORM, part: str = "rules"
-) -> Estimate | None:
-    """`rule_differences` of the tasks that have both sides, pooled with the task as a random effect."""
-    found = [rule_differences(rows, task, rank, rule, against, part) for task in tasks]
-    known = [estimate for estimate in found if estimate is not None]
-    return pooled(known) if known else None
+) -> tuple[list[str], Estimate] | None:
+    """`rule_differences` of the tasks that have both sides, which they are, and all together, the task a random effect;
+    None where that is none, or one of several."""
+    found = {task: rule_differences(rows, task, rank, rule, against, part) for task in tasks}
+    known = {task: estimate for task, estimate in found.items() if estimate is not None}
+    return (list(known), pooled(list(known.values()))) if len(known) >= min(2, len(tasks)) else None
 
 
 def rules_against_uniform(
@@ -105,23 +110,44 @@ def rules_against_uniform(
     """
     names = dict.fromkeys(row.rule for row in rows if row.part == part and row.rank == rank and row.rule != against)
     found = {rule: over_tasks(rows, tasks, rank, rule, against, part) for rule in names}
-    known = {rule: estimate for rule, estimate in found.items() if estimate is not None}
-    differ = holm({rule: estimate.p for rule, estimate in known.items()})
-    outside = holm({rule: estimate.p_outside(MARGIN) for rule, estimate in known.items()})
+    known = {rule: pair for rule, pair in found.items() if pair is not None}
+    differ = holm({rule: estimate.p for rule, (_, estimate) in known.items()})
+    outside = holm({rule: estimate.p_outside(MARGIN) for rule, (_, estimate) in known.items()})
     own = {"own_rates": OWN, "arms": ", each at its own learning rate"}.get(part, "")
     return [
-        _claim(
-            f"{rule} beats {against} at the parameters of r = {rank}{own}, {_where(tasks)}",
-            estimate,
-            differ[rule],
-            outside[rule],
-            notes(
-                _more_or_fewer(rows, tasks, rank, rule, against) if part == "arms" else "",
-                cross_entropy(over_tasks(in_cross_entropy(rows), tasks, rank, rule, against, part)),
+        _without(
+            _claim(
+                f"{rule} beats {against} at the parameters of r = {rank}{own}, {_where(used)}",
+                estimate,
+                differ[rule],
+                outside[rule],
+                notes(
+                    _more_or_fewer(rows, used, rank, rule, against) if part == "arms" else "",
+                    in_cross_entropy(rows, used, rank, rule, against, part, estimate.runs),
+                ),
             ),
+            *(_diverged(rows, used, rank, name, part) for name in (rule, against)),
         )
-        for rule, estimate in known.items()
+        for rule, (used, estimate) in known.items()
     ]
+
+
+def any_of(claims: Sequence[Claim], name: str) -> list[Claim]:
+    """Whether any of several beats what all of them are compared with; of claims of `rules_against_uniform`.
+
+    supported: one of them does; refuted: each is worse, or within what is of use; undecided: neither. Figure and p are
+    those of the one that is ahead with most certainty, which was chosen for it: no estimate of what it would gain.
+    """
+    if len(claims) < 2:
+        return []
+    verdicts = {claim.verdict for claim in claims}
+    verdict = "supported" if "supported" in verdicts else "refuted" if verdicts <= {"refuted", "equivalent"} else ""
+    first = min(claims, key=lambda claim: (claim.p if claim.estimate < 0 else 2.0, claim.estimate))
+    best, _, rest = first.claim.partition(" beats ")
+    still = sum(claim.verdict == "undecided" for claim in claims)
+    runs = sum(claim.runs for claim in claims)
+    note = notes(f"the first of {len(claims)} is {best}", f"{still} of them undecided" if still else "")
+    return [replace(first, claim=f"any {name} beats {rest}", verdict=verdict or "undecided", runs=runs, note=note)]
 
 
 def _more_or_fewer(rows: Sequence[Row], tasks: Sequence[str], rank: int, arm: str, against: str) -> str:
@@ -131,7 +157,7 @@ def _more_or_fewer(rows: Sequence[Row], tasks: Sequence[str], rank: int, arm: st
         for name in (arm, against)
     )
     for task in tasks:
-        if task in first and task in second and abs(first[task] / second[task] - 1) > 0.02:
+        if first.get(task) and second.get(task) and abs(first[task] / second[task] - 1) > 0.02:
             return f"trains {first[task]:,} parameters to {second[task]:,}"
     return ""
 
@@ -140,17 +166,17 @@ def gap_against_shuffled(
     rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str = "proportional", control: str = "shuffled"
 ) -> list[Claim]:
     """It matters which layer gets the ranks: ranks in proportion to the gap beat the same ranks dealt out at random."""
-    estimate = over_tasks(rows, tasks, rank, rule, control)
-    if estimate is None:
+    found = over_tasks(rows, tasks, rank, rule, control)
+    if found is None:
         return []
+    used, estimate = found
     note = notes(
         f"{control}: seeds and permutations both count as random",
-        cross_entropy(over_tasks(in_cross_entropy(rows), tasks, rank, rule, control)),
+        in_cross_entropy(rows, used, rank, rule, control, "rules", estimate.runs),
     )
-    text = (
-        f"{rule} ranks beat the same ranks shuffled over the layers, at the parameters of r = {rank}, {_where(tasks)}"
-    )
-    return [_claim(text, estimate, estimate.p, estimate.p_outside(MARGIN), note)]
+    text = f"{rule} ranks beat the same ranks shuffled over the layers, at the parameters of r = {rank}, {_where(used)}"
+    claim = _claim(text, estimate, estimate.p, estimate.p_outside(MARGIN), note)
+    return [_without(claim, *(_diverged(rows, used, rank, name, "rules") for name in (rule, control)))]
 
 
 def parameters_at_equal_error(
@@ -163,7 +189,7 @@ def parameters_at_equal_error(
     alone. Tasks whose curve does not fall there are left out, and said so.
     """
     ranks = sorted(protocol.gate)
-    factors, left_out = [], []
+    factors, used, left_out = [], [], []
     for task in tasks:
         difference = rule_differences(rows, task, rank, rule)
         if difference is None:
@@ -175,37 +201,69 @@ def parameters_at_equal_error(
         if not slope < 0:
             left_out.append(task)
             continue
+        used.append(task)
         factors.append(Estimate(difference.mean / -slope, difference.se / -slope, difference.df, difference.runs))
     if not factors:
         return []
     estimate = pooled(factors)
     note = f"from the slope of uniform's rank curve{'; no slope on ' + ', '.join(left_out) if left_out else ''}"
-    text = f"{rule} needs fewer parameters than uniform for the error that uniform has at r = {rank}, {_where(tasks)}"
+    text = f"{rule} needs fewer parameters than uniform for the error that uniform has at r = {rank}, {_where(used)}"
     claim = _claim(text, estimate, estimate.p, 1.0, note)
     shares = [100 * float(np.expm1(value / 100)) for value in (claim.estimate, claim.low, claim.high)]
     return [replace(claim, unit=PARAMETERS, estimate=shares[0], low=shares[1], high=shares[2])]
 
 
 def errors_of(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -> dict[tuple[int, int], float]:
-    """(seed, permutation) -> test error."""
+    """(seed, permutation) -> test error, of the runs that did not diverge."""
     return {
         (row.seed, row.permutation): row.test
         for row in rows
-        if (row.part, row.task, row.rank, row.rule) == (part, task, rank, rule)
+        if (row.part, row.task, row.rank, row.rule) == (part, task, rank, rule) and not row.diverged
     }
 
 
-def in_cross_entropy(rows: Sequence[Row]) -> list[Row]:
+def _diverged(rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str, part: str) -> tuple[str, int, int]:
+    """(rule, how many of its runs diverged, how many it has)."""
+    parts = {part, "rules"} if part == "own_rates" else {part}
+    mine = [row for row in rows if row.part in parts and (row.rank, row.rule) == (rank, rule) and row.task in tasks]
+    return rule, sum(row.diverged for row in mine), len(mine)
+
+
+def _without(claim: Claim, rule: tuple[str, int, int], against: tuple[str, int, int]) -> Claim:
+    """A claim that says which runs diverged and are left out: the side that they belong to is not called as good or
+    better for those that did not."""
+    if not rule[1] and not against[1]:
+        return claim
+    said = (f"diverged: {count} of {of} runs of {name}" for name, count, of in (rule, against) if count)
+    unsafe = ({"supported", "equivalent"} if rule[1] else set()) | ({"refuted", "equivalent"} if against[1] else set())
+    verdict = "undecided" if claim.verdict in unsafe else claim.verdict
+    return replace(claim, verdict=verdict, note=notes(*said, claim.note))
+
+
+def cross_entropies(rows: Sequence[Row]) -> list[Row]:
     """The rows of tasks with classes, their cross-entropy in place of their error."""
-    return [replace(row, test=row.cross_entropy) for row in rows if math.isfinite(row.cross_entropy)]
+    return [replace(row, test=row.cross_entropy) for row in rows if not math.isnan(row.cross_entropy)]
 
 
-def cross_entropy(estimate: Estimate | None) -> str:
-    """What a comparison comes to in cross-entropy, in words, to stand beside a verdict on errors."""
-    if estimate is None:
+def in_cross_entropy(
+    rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str, against: str, part: str, runs: int
+) -> str:
+    """What a comparison comes to in cross-entropy, in words, to stand beside a verdict on errors of so many runs: of
+    which tasks and of how many runs, where not of all."""
+    losses = cross_entropies(rows)
+    having = [task for task in tasks if any(row.task == task for row in losses)]
+    found = over_tasks(losses, having, rank, rule, against, part) if having else None
+    if found is None:
         return ""
+    used, estimate = found
+    where = "" if used == list(tasks) else f" on {', '.join(used)}"
+    return f"cross-entropy{where}{'' if estimate.runs == runs else f' ({estimate.runs} runs)'} {change(estimate)}"
+
+
+def change(estimate: Estimate) -> str:
+    """A difference in per cent, with its interval where that is known."""
     low, high = estimate.interval()
-    return f"cross-entropy {estimate.mean:+.1f} %" + (f" [{low:.1f}, {high:.1f}]" if math.isfinite(low) else "")
+    return f"{estimate.mean:+.1f} %" + (f" [{low:.1f}, {high:.1f}]" if math.isfinite(low) else "")
 
 
 def notes(*notes: str) -> str:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from orca_rank.measuring.matrices import inputs_of
-from orca_rank.measuring.passes import check_seen, count_of, limited, mapped, watch
+from orca_rank.measuring.passes import Shared, check_seen, joined, mapped, portions, watch
+from orca_rank.processes import add_up
 
 
 class Inputs(NamedTuple):
@@ -48,6 +49,7 @@ def collect(
     tokens: int = 0,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    shared: Shared | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[dict[str, Inputs], Tensor | None]:
     """Pass up to `samples` images through the model and keep what reaches each module.
@@ -58,6 +60,7 @@ def collect(
         tokens: how many tokens to keep for spectra in all, the same number of each image (all, if it has fewer) and one
             of each of the first `tokens` where there are more images than that; 0 for none.
         seed: of the places of the tokens, drawn anew for every batch and module.
+        shared: how processes share the batches, each of which returns what one alone would; None for one alone.
         advance: called with the number of images after every batch, for a progress bar.
 
     Returns:
@@ -71,13 +74,15 @@ def collect(
     each, bearers = max(1, tokens // samples), min(samples, tokens)  # tokens of an image, images that give some
     pooled: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
-    labels: list[Tensor] = []
+    labels: list[tuple[slice, Tensor]] = []
     count = 0
+    blank = torch.empty if shared is None else torch.zeros  # what others fill is added
 
     def keep(
         name: str, x: Tensor, _: Tensor
     ) -> None:  # x (B, ..., d), or windows (B nW, ..., d) with the image outermost
         x = inputs_of(modules[name], x.detach())
+        images = len(part.own)
         if x.numel() % (images * x.shape[-1]):
             raise ValueError(
                 f"what reaches {name} has shape {tuple(x.shape)}, which is not a number of tokens for each of the "
@@ -85,26 +90,29 @@ def collect(
             )
         x = x.reshape(images, -1, x.shape[-1]).float()
         if name not in pooled:
-            pooled[name] = torch.empty(samples, x.shape[2])
-            kept[name] = torch.empty(bearers, min(each, x.shape[1]), x.shape[2])
-        pooled[name][count : count + images] = x.mean(1)
-        if (giving := min(images, bearers - count)) > 0:
+            pooled[name] = blank(samples, x.shape[2])
+            kept[name] = blank(bearers, min(each, x.shape[1]), x.shape[2])
+        pooled[name][part.places()] = x.mean(1)
+        if count < bearers:  # also where the own ones are all after them: every process draws the same
             place = torch.randperm(x.shape[1], generator=generator)[: kept[name].shape[1]]
-            kept[name][count : count + giving] = x[:giving, place.to(x.device)]
+            rows = kept[name][part.places(bearers)]
+            rows.copy_(x[: len(rows), place.to(x.device)])
 
     with watch(modules, keep) as names, torch.no_grad():  # no inference mode: a model may keep what it makes
-        for x, y in limited(batches, samples):
-            images = count_of(x)
-            model(mapped(x, lambda values: values.to(device)))
-            if y is not None:
-                labels.append(y.cpu())
-            count += images
-            advance(images)
+        for part in portions(batches, samples, shared):
+            if part.own:
+                model(mapped(part.x, lambda values: values.to(device)))
+                if part.y is not None:
+                    labels.append((part.places(), part.y.cpu()))
+            count += part.images
+            advance(part.images)
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
     check_seen(modules, names)
     for name, rows in pooled.items():
+        if shared is not None:
+            add_up(rows[:count], kept[name][:count])
         if not torch.isfinite(rows[:count]).all():
             raise ValueError(f"the input of {name} holds NaN or infinity: check the data and the embedder")
     result = {name: Inputs(pooled[name][:count], kept[name][:count]) for name in modules}
-    return result, torch.cat(labels) if labels else None
+    return result, joined(labels, count, shared) if labels else None

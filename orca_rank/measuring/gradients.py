@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from orca_rank.measuring.matrices import Matrix, inputs_of, outputs_of, weight_of
-from orca_rank.measuring.passes import check_seen, limited, watch
+from orca_rank.measuring.passes import Shared, check_seen, portions, watch
 from orca_rank.measuring.spectra import Decomposition, leading, upper_bound
+from orca_rank.processes import add_up
 
 DAMPING = 1e-3  # of the mean eigenvalue, added to a second moment before it is inverted
 ELEMENTS = 2**24  # of per-image gradients held at once, 64 MiB in float32
@@ -45,6 +46,11 @@ class Gradients:
             self.signed.flatten(1).addmm_(signs[:, rows], each.flatten(1))
         self.sign_sums += signs.sum(1)
         self.count += len(x)
+
+    def add_others(self, count: int) -> None:
+        """Take in what the other processes have seen; all have seen `count` images together. All together."""
+        add_up(self.total, self.signed, self.sign_sums, self.squares, *(self.moments or ()))
+        self.count = count
 
     def mean(self, rows: slice = slice(None)) -> Float[Tensor, "d_out d_in"]:
         return self.total[rows] / self.count
@@ -124,6 +130,7 @@ def collect_gradients(
     moments: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    shared: Shared | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> dict[str, Gradients]:
     """Pass up to `samples` labelled images forward and backward; every weight may be frozen.
@@ -131,7 +138,8 @@ def collect_gradients(
     Args:
         embed: images -> tokens. head: tokens -> predictions, through the modules. loss: (prediction, y) -> the batch's
             mean loss. modules: the layers to watch. draws: sign draws of the null; memory is `draws` + 1 copies of the
-            watched weights. moments: collect what `Gradients.whitened` needs, two more matrices a weight.
+            watched weights. moments: collect what `Gradients.whitened` needs, two more matrices a weight. shared: how
+            processes share the batches, each of which returns the sums over all; None for one alone.
 
     Raises:
         ValueError: if there are no images, a module takes no part, or a gradient is not finite.
@@ -154,18 +162,21 @@ def collect_gradients(
         output.register_hook(add)
 
     with watch(modules, seen) as names, torch.enable_grad():
-        for x, y in limited(batches, samples):
-            images = len(x)
-            signs = (torch.randint(0, 2, (draws, images), generator=generator) * 2.0 - 1).to(device)
-            tokens = embed(x.to(device)).detach().requires_grad_()
-            total = loss(head(tokens), y.to(device)) * images
-            torch.autograd.backward(total, inputs=[tokens])
-            count += images
-            advance(images)
+        for part in portions(batches, samples, shared):
+            drawn = torch.randint(0, 2, (draws, part.images), generator=generator) * 2.0 - 1
+            if part.own:
+                signs = drawn[:, part.own.start - count :: part.own.step].to(device)
+                tokens = embed(part.x.to(device)).detach().requires_grad_()
+                total = loss(head(tokens), part.y.to(device)) * len(part.own)
+                torch.autograd.backward(total, inputs=[tokens])
+            count += part.images
+            advance(part.images)
     if not count:
         raise ValueError("there are no images to measure: the data loader is empty")
     check_seen(modules, names)
     for name, found in sums.items():
+        if shared is not None:
+            found.add_others(count)
         if not torch.isfinite(found.total).all():
             raise ValueError(f"the gradient of {name} is not finite: check the labels and the predictor")
     return sums

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from orca_rank.measuring.passes import check_seen, count_of, limited, mapped, watch
+from orca_rank.measuring.passes import Shared, check_seen, joined, mapped, portions, watch
 from orca_rank.measuring.spectra import intrinsic_dimension
 
 BLOCK = re.compile(r"(.*\b)?blocks\.\d+(?=\.)")
@@ -30,6 +30,7 @@ def hidden_dimensions(
     samples: int,
     *,
     device: torch.device | str = "cpu",
+    shared: Shared | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> dict[str, tuple[float, float]]:
     """Intrinsic dimension (TwoNN) of the hidden states that go into and come out of every block, as GeLoRA takes it
@@ -38,7 +39,7 @@ def hidden_dimensions(
     Args:
         model: images -> anything; run without gradients. modules: the layers in question, by name, which tell how wide
             a block's hidden states are. blocks: by name, those and others; a layer outside of blocks counts as one.
-        batches, samples, device, advance: as in `activations.collect`.
+        batches, samples, device, shared, advance: as in `activations.collect`.
 
     Returns:
         name of a block, or of a module outside of blocks -> dimensions at its input and at its output.
@@ -51,22 +52,24 @@ def hidden_dimensions(
         name: {width for module in modules if block_of(module) == name for width in _sides(modules[module])}
         for name in names
     }
-    states: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
+    states: dict[str, tuple[list[tuple[slice, Tensor]], ...]] = {name: ([], []) for name in names}
+    count = 0
 
     def keep(name: str, x: Tensor, output: Any) -> None:
         for end, state in zip(states[name], (x, output), strict=True):
             state = state[0] if isinstance(state, tuple) else state
-            end.append(pooled(state.detach(), images, widths[name], name))
+            end.append((part.places(), pooled(state.detach(), len(part.own), widths[name], name)))
 
     watched = {name: modules.get(name) or blocks[name] for name in names}
     with watch(watched, keep) as seen, torch.no_grad():
-        for x, _ in limited(batches, samples):
-            images = count_of(x)
-            model(mapped(x, lambda values: values.to(device)))
-            advance(images)
+        for part in portions(batches, samples, shared):
+            if part.own:
+                model(mapped(part.x, lambda values: values.to(device)))
+            count += part.images
+            advance(part.images)
     check_seen(watched, seen)
     return {
-        name: (intrinsic_dimension(torch.cat(before)), intrinsic_dimension(torch.cat(after)))
+        name: (intrinsic_dimension(joined(before, count, shared)), intrinsic_dimension(joined(after, count, shared)))
         for name, (before, after) in states.items()
     }
 

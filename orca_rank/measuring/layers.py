@@ -19,6 +19,7 @@ from orca_rank.measuring.gradients import Gradients
 from orca_rank.measuring.hidden import block_of
 from orca_rank.measuring.matrices import matrix_of, weight_of
 from orca_rank.measuring.options import VARIANTS, GapOptions
+from orca_rank.measuring.passes import Shared
 from orca_rank.measuring.records import SPECTRA, Dimension, Gap, Layer, Spectrum, WeightRank
 from orca_rank.measuring.spectra import Decomposition, activation, ot_map, transport, weight_rank
 
@@ -44,11 +45,14 @@ def take_side(
     tokens: int,
     seed: int,
     device: torch.device,
+    shared: Shared | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Side:
     """What images send to every module, see `collect`, and their classes: k-means clusters of targets that are no
     classes, one class where there are no targets."""
-    inputs, y = collect(model, modules, batches, samples, tokens=tokens, seed=seed, device=device, advance=advance)
+    inputs, y = collect(
+        model, modules, batches, samples, tokens=tokens, seed=seed, device=device, shared=shared, advance=advance
+    )
     images = len(next(iter(inputs.values())).pooled)
     return Side(inputs, np.zeros(images, np.int64) if y is None else Labeller(y, clusters, seed)(y).numpy())
 

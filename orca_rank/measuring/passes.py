@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from orca_rank.processes import add_up
 
 
 def limited(batches: Iterable[Sequence[Any]], limit: int) -> Iterator[tuple[Any, Any]]:
@@ -24,6 +27,60 @@ def limited(batches: Iterable[Sequence[Any]], limit: int) -> Iterator[tuple[Any,
         seen += images
         if seen >= limit:
             return
+
+
+class Shared(NamedTuple):
+    """How processes share batches: process `rank` of `size` sees every size-th image of each from number `rank` on,
+    and one to be left out where that is none. images: of a whole batch, by its number."""
+
+    rank: int
+    size: int
+    images: Callable[[int], int]
+
+
+class Portion(NamedTuple):
+    """What this process sees of a batch. x, y: as in `limited`, its own images. own: their numbers among all images of
+    the pass. images: of the whole batch."""
+
+    x: Any
+    y: Any
+    own: range
+    images: int
+
+    def places(self, limit: int | None = None) -> slice:
+        """Those of the own images in tensors of all, or of all below `limit`."""
+        return slice(self.own.start, self.own.stop if limit is None else min(self.own.stop, limit), self.own.step)
+
+
+def portions(batches: Iterable[Sequence[Any]], limit: int, shared: Shared | None) -> Iterator[Portion]:
+    """What this process sees of the first `limit` images, a batch at a time: all of it where it is alone, and nothing
+    (x of no image) of a last batch that has fewer images than there are processes."""
+    seen = 0
+    if shared is None:
+        for x, y in limited(batches, limit):
+            images = count_of(x)
+            yield Portion(x, y, range(seen, seen + images), images)
+            seen += images
+        return
+    for index, (x, y, *_) in enumerate(batches):
+        images = min(limit - seen, shared.images(index))
+        own = range(seen + shared.rank, seen + images, shared.size)
+        rows = slice(len(own))
+        yield Portion(mapped(x, lambda values: values[rows]), None if y is None else y[rows], own, images)  # noqa: B023 (called at once)
+        seen += images
+        if seen >= limit:
+            return
+
+
+def joined(pieces: Sequence[tuple[slice, Tensor]], images: int, shared: Shared | None) -> Tensor:
+    """The rows (images, ...) of a pass from pieces of them and their places; all together where it is shared."""
+    if shared is None:
+        return torch.cat([rows for _, rows in pieces])
+    whole = pieces[0][1].new_zeros(images, *pieces[0][1].shape[1:])
+    for place, rows in pieces:
+        whole[place] = rows
+    add_up(whole)
+    return whole
 
 
 def count_of(x: Tensor | Mapping[str, Tensor]) -> int:

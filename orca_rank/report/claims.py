@@ -105,7 +105,7 @@ def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str
     Claims in parameters are left out: they are those in errors, in another unit; claims.json has them. So are those of
     rules at a learning rate of their own where it is uniform's: they are said in a sentence.
     """
-    lines = ["| claim | verdict | figure | 95 % interval | fine-tunes |", "|---|---|---|---|---|"]
+    lines = ["| claim | verdict | figure | 95 % interval | p | fine-tunes |", "|---|---|---|---|---|---|"]
     known = {claim.claim: claim.estimate for claim in claims}
     same = [
         claim for claim in claims if OWN in claim.claim and known.get(claim.claim.replace(OWN, "")) == claim.estimate
@@ -116,7 +116,8 @@ def markdown(claims: Sequence[Claim], rows: Sequence[Row], answers: Sequence[str
         figure = f"{claim.estimate:+.1f} {claim.unit}" if math.isfinite(claim.estimate) else ""
         interval = interval_text(*_ends(claim)).strip()
         note = f"; {claim.note}" if claim.note else ""
-        lines.append(f"| {claim.claim}{note} | **{claim.verdict}** | {figure} | {interval} | {claim.runs} |")
+        p = cell(claim.p) if claim.p >= 1e-3 else "< 0.001"
+        lines.append(f"| {claim.claim}{note} | **{claim.verdict}** | {figure} | {interval} | {p} | {claim.runs} |")
     seconds = sum(row.seconds for row in rows)
     ran = f"{len(rows)} fine-tunes, {seconds / 3600:.1f} hours of training."
     if same:
@@ -131,7 +132,9 @@ Curve = dict[str, list[float]]
 def rank_curves(rows: Sequence[Row]) -> dict[str, Curve]:
     """task -> "frozen", "full" or a rank as text, in this order, -> the test errors of its seeds."""
     curves: dict[str, Curve] = {}
-    for row in sorted((row for row in rows if row.part == "gate"), key=lambda row: (row.task, row.rank, row.seed)):
+    for row in sorted(
+        (row for row in rows if row.part == "gate" and not row.diverged), key=lambda row: (row.task, row.rank, row.seed)
+    ):
         name = row.rule if row.rule in (FROZEN, FULL) else str(row.rank)
         curves.setdefault(row.task, {}).setdefault(name, []).append(row.test)
     return curves

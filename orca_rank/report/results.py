@@ -115,7 +115,8 @@ class Tune:
     """A finished fine-tune: what metrics.json says, the plan it used (None without adapters) and its curve. Each is one
     of its own.
 
-    folder: <run>/finetune/<tag>. val, test: of `metric`, lower is better.
+    folder: <run>/finetune/<tag>. val, test: of `metric`, lower is better. scale: of the adapters' updates, or its range
+    over layers; "" without adapters, or where an older result does not say.
     """
 
     folder: Path
@@ -130,6 +131,7 @@ class Tune:
     curve: Rows
     config: Config
     options: Options
+    scale: str = ""
 
     @classmethod
     def from_dict(cls, folder: Path, payload: Mapping[str, Any], plan: RankPlan | None, curve: Rows) -> Tune:
@@ -147,6 +149,7 @@ class Tune:
             curve=curve,
             config=payload["config"],
             options=flat(payload["config"]),
+            scale=_scale_text(payload.get("adapter_scale")),
         )
 
     @property
@@ -180,6 +183,13 @@ def budget_text(plan: RankPlan) -> str:
     return " ".join(
         f"{name}={limits[name]}" for name in ("mean_rank", "total_rank", "parameters") if limits.get(name) is not None
     )
+
+
+def _scale_text(scale: float | Mapping[str, float] | None) -> str:
+    if scale is None:
+        return ""
+    ends = (scale["min"], scale["max"]) if isinstance(scale, Mapping) else (scale,)
+    return " to ".join(f"{float(end):.4g}" for end in ends)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Options:

@@ -113,6 +113,7 @@ def summary(tunes: Sequence[Tune]) -> list[Row]:
                 "rule": tune.rule,
                 "budget": tune.budget,
                 "mean_rank": round(sum(ranks) / len(ranks), 4) if ranks else "",
+                "scale": tune.scale,
                 "seed": tune.option("seed"),
                 "trainable_total": tune.counts.trained,
                 **{f"trainable_{part}": tune.counts.parts[part] for part in PARTS},

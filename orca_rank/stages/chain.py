@@ -12,7 +12,7 @@ from orca_rank.artifacts.command import command, given, other_rule, runs_apart, 
 from orca_rank.processes import barrier, first
 
 # The stages that the processes of a run do together; the first process does the others while the rest waits.
-TOGETHER = ("align", "finetune")
+TOGETHER = ("align", "measure", "finetune")
 # What the stages before the fine-tunes depend on: a run folder holds one alignment and one measurement.
 ONCE = ("seed", "data", "source", "backbone", "embedder", "align", "gap", "measure", "layers.target", "layers.qkv")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -77,10 +79,11 @@ def _run(config: DictConfig, folder: Path, protocol: Protocol, known: dict[Path,
                 time.sleep(PAUSE)
             elif not _row_of(folder, point).exists():  # or another process has ended it since the rows were read
                 console.print(f"{len(rows)} done{time_left}: {point.task} {point.name}", soft_wrap=True)
+                donor = None
                 if point.rule in protocol.rules:
                     with locked(_at_work(folder, point.task, "measure"), wait=True):
-                        make_read(config, folder, point.task, costs[point.task], protocol, rows)
-                _run_point(config, folder, point, costs[point.task], protocol)
+                        donor = make_read(config, folder, point.task, costs[point.task], protocol, rows)
+                _run_point(config, folder, point, costs[point.task], protocol, donor)
                 own += 1
                 with locked(folder, wait=True):
                     _collect(folder, read_rows(config, folder, protocol, known))
@@ -97,7 +100,7 @@ def _claimed(folder: Path, points: Sequence[Point]) -> Iterator[Point | None]:
     with contextlib.ExitStack() as held:
         for point in points:
             try:
-                held.enter_context(locked(_at_work(folder, point.task, point.name)))
+                held.enter_context(locked(_at_work(folder, point.task, point.name), wait=False))
             except BlockingIOError:
                 continue
             yield point
@@ -191,23 +194,34 @@ def read_rows(config: DictConfig, folder: Path, protocol: Protocol, known: dict[
     )
 
 
-def _run_point(config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol) -> None:
-    run = configured(config, folder, point, cost, keep_update=is_donor(protocol, point))
+def _run_point(
+    config: DictConfig, folder: Path, point: Point, cost: int, protocol: Protocol, donor: Point | None
+) -> None:
+    run = configured(config, folder, point, cost, is_donor(protocol, point), donor)
     if run.embedder.aligned:
-        align.run(run)
-    finetune.run(run)
-    path = stage_folder(run, "finetune") / point.name / "metrics.json"
-    metrics = read_json(path, "stage=evidence")
-    row = Row(
+        with locked(_at_work(folder, run.run, "align"), wait=True):
+            align.run(run)
+    own, started = stage_folder(run, "finetune") / point.name, time.monotonic()
+    try:
+        finetune.run(run)
+        row = _row(point, read_json(own / "metrics.json", "stage=evidence"))
+    except FloatingPointError as error:  # a result too: of a rate that is too high, or of a rule
+        console.print(f"{point.task} {point.name} diverged: {error}", soft_wrap=True)
+        row = Row(**vars(point), val=math.inf, test=math.inf, parameters=0, seconds=time.monotonic() - started)
+        shutil.rmtree(own, ignore_errors=True)
+    write_json(_row_of(folder, point), {"row": row.to_dict()}, config=task_options(config, point.task, point.rule))
+
+
+def _row(point: Point, metrics: Mapping[str, Any]) -> Row:
+    cross_entropy = metrics.get("test/cross_entropy", metrics.get("test/binary_cross_entropy", math.nan))
+    return Row(
         **vars(point),
         val=float(metrics[f"val/{metrics['metric']}"]),
         test=float(metrics[f"test/{metrics['metric']}"]),
         parameters=int(metrics["trainable_parameters"]["total"]),
         seconds=float(metrics["seconds"]),
-        cross_entropy=float(metrics.get("test/cross_entropy", metrics.get("test/binary_cross_entropy", math.nan))),
+        cross_entropy=float(cross_entropy),
     )
-    options = task_options(config, point.task, point.rule)
-    write_json(_row_of(folder, point), {"row": row.to_dict()}, config=options)
 
 
 def _collect(folder: Path, rows: Sequence[Row]) -> None:

@@ -24,7 +24,6 @@ from orca_rank.stages.setup import bare_model, outline
 SECTIONS = ("data", "backbone", "layers", "embedder", "predictor", "adapter", "finetune", "trainer")
 MERGED = ("finetune", "embedder", "layers")  # no groups: what a task or arm does not name of them stays
 TRAINED, POSTERIOR = "orca_rank.ranks.trained", "orca_rank.ranks.posterior"
-NESTED = "nested"  # the fine-tune whose held-out losses rank=posterior reads
 OF_SOURCE = ("source", "gap")  # what measuring, aligning and pretraining read beside that
 
 
@@ -58,6 +57,10 @@ def task_options(config: DictConfig, task: str, rule: str) -> dict[str, Any]:
         options[section] = {name: value for name, value in options[section].items() if name not in ("root", "cache")}
     if reads_losses(config, rule):
         options["nested"] = plain(config.evidence.nested)
+    if rule in config.evidence.rules:
+        options["rule_r_min"] = int(config.evidence.r_min.get(rule, 0))
+        if config.evidence.rules[rule]["_target_"] in (TRAINED, POSTERIOR):
+            options["rule_learned_at"] = max(config.evidence.gate, default=0)  # the rank of what the rule reads
     return {**options, "rule": plain(named.get(rule))}
 
 
@@ -80,8 +83,11 @@ def check_rules(config: DictConfig, folder: Path, protocol: Protocol, costs: Map
         costs: task -> see `cost_of_one_rank`.
 
     Raises:
-        ValueError: a source that the task's body cannot read, or a rule that needs what is not measured, with the task.
+        ValueError: a source that the task's body cannot read, or a rule that needs what is not measured, with the task;
+            an r_min of no rule.
     """
+    if unknown := sorted({*config.evidence.r_min} - {*protocol.rules}):
+        raise ValueError(f"evidence.r_min names {', '.join(unknown)}, which evidence.rules does not have")
     for task in protocol.tasks:
         for rule in protocol.rules:
             try:
@@ -120,11 +126,19 @@ def check_arms(config: DictConfig, folder: Path, protocol: Protocol, costs: Mapp
                 raise ValueError(f"evidence.tasks.{task}, arm {arm}: {error}") from error
 
 
-def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_update: bool = False) -> DictConfig:
+def configured(
+    config: DictConfig,
+    folder: Path,
+    point: Point,
+    cost: int,
+    keep_update: bool = False,
+    donor: Point | None = None,
+) -> DictConfig:
     """The config with which stage=finetune runs a point.
 
     Args:
-        folder: of the evidence. cost: see `cost_of_one_rank`. keep_update: whether the learned ΔW is written.
+        folder: of the evidence. cost: see `cost_of_one_rank`. keep_update: whether the learned ΔW is written. donor:
+            the point whose update, or whose nested twin's held-out losses, the point's rule reads.
     """
     own = for_task(
         config,
@@ -152,11 +166,10 @@ def configured(config: DictConfig, folder: Path, point: Point, cost: int, keep_u
     node = plain(config.evidence.rules[point.rule])
     if point.rule in config.evidence.permuted:
         node["permutation"] = point.permutation
-    if node["_target_"] == TRAINED:
-        (donor,) = (folder / point.task / "finetune").glob(f"gate-uniform-r{max(config.evidence.gate)}-s0-*")
-        node["update"] = str(donor / "update.safetensors")
-    if node["_target_"] == POSTERIOR:
-        node["losses"] = str(folder / point.task / "finetune" / NESTED / "rank_losses.safetensors")
+    if donor is not None and node["_target_"] == TRAINED:
+        node["update"] = str(folder / point.task / "finetune" / donor.name / "update.safetensors")
+    if donor is not None and node["_target_"] == POSTERIOR:
+        node["losses"] = str(folder / point.task / "finetune" / nested_tag(donor) / "rank_losses.safetensors")
     own.rank = node
     least = int(config.evidence.r_min.get(point.rule, 0))
     own.budget = {"mean_rank": None, "total_rank": None, "parameters": cost * point.rank, "r_min": least, "r_max": None}
@@ -174,9 +187,14 @@ def nested_config(config: DictConfig, folder: Path, point: Point, cost: int) -> 
             "it reads the held-out losses of a nested adapter: choose one with +adapter@evidence.nested=matryoshka"
         )
     own = configured(config, folder, point, cost)
-    own.adapter, own.finetune.tag = copy.deepcopy(config.evidence.nested), NESTED
+    own.adapter, own.finetune.tag = copy.deepcopy(config.evidence.nested), nested_tag(point)
     _keep_scaling(config, own)
     return own
+
+
+def nested_tag(donor: Point) -> str:
+    """The folder of the nested fine-tune at the rank and the rates of this one."""
+    return f"nested-{donor.name}"
 
 
 def _keep_scaling(config: DictConfig, own: DictConfig) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
+from orca_rank.adapters import Steps
 from orca_rank.artifacts.files import input_hashes, write_json, write_tensors
 from orca_rank.artifacts.provenance import finished, key, plain, select
 from orca_rank.artifacts.unfinished import begin, finish, tidy
@@ -48,12 +49,11 @@ from orca_rank.stages.trainable import (
 )
 from orca_rank.stages.trainer import callbacks_of, check_optimizer, logged, trainer_for
 from orca_rank.stages.updates import update_of
-from orca_rank.stages.written import write_model
+from orca_rank.stages.written import scale_in_use, write_model
 from orca_rank.tracking.pages import finetune_page
-from orca_rank.training.average import Average
 from orca_rank.training.compiled import Trial, compiled
 from orca_rank.training.curve import Curve, Rates
-from orca_rank.training.finetune import FineTune, FinetuneOptions, trained_tensors
+from orca_rank.training.finetune import FineTune, FinetuneOptions, average_of, trained_tensors
 from orca_rank.training.keep import Keep, checkpoint_of, fit, interrupts
 from orca_rank.training.prefix import FrozenPrefix
 
@@ -174,9 +174,10 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
     def changed() -> dict[str, Tensor]:
         return trained_tensors(model)
 
-    average = None if options.ema is None else Average(options.ema, changed)
+    average = None if options.ema is None else average_of(model, options.ema)
     kept = changed if average is None else lambda: average.values
-    keep = Keep(folder, monitor, patience=options.patience, tensors=kept)
+    steps = Steps(model.body)
+    keep = Keep(folder, monitor, patience=options.patience, tensors=kept, counts=lambda: steps.settled)
     ours: list[Callback] = [] if average is None else [average]
     if options.compile is not None:
         ours.append(Trial(task.input_shape, options.compile))
@@ -216,6 +217,7 @@ def _finetune(config: DictConfig, options: FinetuneOptions, folder: Path, made_f
             **counts,
             "seconds": keep.seconds,
             "epochs": epochs,
+            "adapter_scale": scale_in_use(model.body),
             "metric": task.metric_name,
             "task": task.to_dict(),
             "backbone": {"config": resolve_backbone(config), "hash": weights},

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from orca_rank.artifacts.command import command, leave
 from orca_rank.artifacts.files import file_hash, read_json, read_tensors, write_json, write_tensors
-from orca_rank.artifacts.lock import locked
 from orca_rank.artifacts.provenance import finished, plain, select
 from orca_rank.artifacts.unfinished import Unfinished, tidy
 from orca_rank.backbone import OrcaModel, create_model
@@ -29,6 +29,7 @@ from orca_rank.measuring.matrices import adaptable_layers
 from orca_rank.measuring.options import GRADIENTS, VARIANTS, GapOptions
 from orca_rank.measuring.records import Gap, Layer
 from orca_rank.options import whole
+from orca_rank.processes import agreed, first, first_alone
 from orca_rank.stages.layer_table import gap_table, nulls
 from orca_rank.stages.passing import Pass, labelled
 from orca_rank.stages.planning import gap_options, make_plan, read_layers
@@ -38,6 +39,7 @@ from orca_rank.stages.setup import (
     build_model,
     check_model,
     contents,
+    held,
     ready,
     resolve_backbone,
     seed_everything,
@@ -95,13 +97,15 @@ def run(config: DictConfig) -> None:
     del made_from["layers"]["group"]  # how a rule reads the measurements does not change them
 
     def done() -> bool:
-        return finished(path, made_from, force=config.force, made_by="stage=measure")
+        return agreed(lambda: finished(path, made_from, force=config.force, made_by="stage=measure"))
 
     before = done()
     if not before:
-        with locked(folder):
+        with held(folder):
             if not done():
                 _measure(config, options, folder, made_from)
+    if not first():
+        return
     layers = read_layers(path)
     if before:
         tidy(folder)
@@ -115,28 +119,36 @@ def run(config: DictConfig) -> None:
 
 
 def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: Mapping[str, Any]) -> None:
-    leave(folder)
+    """Processes pass images through the models together, whenever the first asks for it; it does the rest."""
+    if first():
+        leave(folder)
     seed = int(config.seed)
     seed_everything(seed)
     nodes = _nodes(config)
-    sets = {name: _ready(node, options.batch_size) for name, node in nodes.items()}
+    with first_alone():
+        sets = {name: _ready(node, options.batch_size) for name, node in nodes.items()}
+        backbone = resolve_backbone(config)
     model = build_model(config, _task(sets["target"])).eval().requires_grad_(False)
     layers = adaptable_layers(model.body, config.layers.target, config.layers.qkv)
     modules = {layer.name: module_of(layer.name, model.body) for layer in layers}
     watched = list(dict.fromkeys(modules.values()))
-    tokens = options.tokens if options.asks("ot_map", "activation") else 0
-    used = [aligned_embedder(config)] if config.embedder.aligned else []
-    fitted = None if config.measure.fitted is None else Path(config.measure.fitted) / "model.safetensors"
-    used += [fitted] if fitted is not None else []
-    parts_of = {**made_from, "embedder": [file_hash(path) for path in used]}
-    unfinished = Unfinished(folder, parts_of, force=config.force, records=(Side, Inputs, Gap, Gradients))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         passing = Pass(options.samples, int(config.align.clusters), seed, device_of(config.trainer), progress)
+        passes = _passes(config, options, passing, backbone, model, sets, watched)
+        if not first():
+            while name := agreed(str):
+                passes[name]()
+            return
+        fitted = _fitted_weights(config)
+        used = [aligned_embedder(config)] if config.embedder.aligned else []
+        used += [fitted] if fitted is not None else []
+        parts_of = {**made_from, "embedder": [file_hash(path) for path in used]}
+        unfinished = Unfinished(folder, parts_of, force=config.force, records=(Side, Inputs, Gap, Gradients))
 
-        def side(name: str, through: OrcaModel, tokens: int) -> Side:
-            return unfinished.part(name, passing.side, through, sets[name], watched, tokens, name)
+        def passed(name: str) -> Any:
+            return unfinished.part(name, lambda: passes[agreed(lambda: name)]())
 
         def gaps(name: str, side: Side) -> dict[str, dict[str, Gap]]:
             found: dict[str, dict[str, Gap]] = {module: {} for module in watched}
@@ -148,23 +160,10 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
                 found = {module: found[module] | one[module] for module in watched}
             return found
 
-        source = side("source", source_side(resolve_backbone(config), seed, sets["source"]), tokens)
-        target = side("target", model, tokens)
-        gradients = None
-        if options.asks(*GRADIENTS):
-            through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
-            gradients = unfinished.part(
-                "gradients",
-                passing.gradients,
-                through,
-                sets["target"],
-                watched,
-                options.sign_draws,
-                options.asks("whitened_gradient"),
-            )
-        dimensions = {}
-        if options.asks("intrinsic_dimension"):
-            dimensions = unfinished.part("hidden", passing.hidden, model, sets["target"], watched)
+        source: Side = passed("source")
+        target: Side = passed("target")
+        gradients: dict[str, Gradients] | None = passed("gradients") if options.asks(*GRADIENTS) else None
+        dimensions: dict[str, tuple[float, float]] = passed("hidden") if options.asks("intrinsic_dimension") else {}
         found = gaps("target", target)
         bar = passing.bar("spectra", len(layers))
         measured, directions = measurements(
@@ -174,8 +173,7 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
         for key in nodes:
             if not key.startswith("compare/"):
                 continue
-            torch.manual_seed(seed)
-            other = side(key, create_model(resolve_backbone(config), _task(sets[key]), config.embedder.init), 0)
+            other: Side = passed(key)
             found = gaps(key, other)
             name = key.partition("/")[2]
             records = [replace(layer, gap=found[modules[layer.name]]).to_dict() for layer in layers]
@@ -190,6 +188,46 @@ def _measure(config: DictConfig, options: GapOptions, folder: Path, made_from: M
     }
     write_json(folder / "layers.json", payload, config=made_from, inputs=used)
     unfinished.drop()
+    agreed(str)  # the others need not pass anything any more
+
+
+def _passes(
+    config: DictConfig,
+    options: GapOptions,
+    passing: Pass,
+    backbone: Mapping[str, Any],
+    model: OrcaModel,
+    sets: Mapping[str, Data],
+    watched: Sequence[str],
+) -> dict[str, Callable[[], Any]]:
+    """What may be asked to pass through a model, by the name of the part that is kept of it.
+
+    Args:
+        backbone: as `resolve_backbone` gives it. model: the target's. sets: as `_nodes` names them.
+    """
+    seed, fitted = int(config.seed), _fitted_weights(config)
+    tokens = options.tokens if options.asks("ot_map", "activation") else 0
+
+    def source() -> Side:
+        return passing.side(source_side(backbone, seed, sets["source"]), sets["source"], watched, tokens, "source")
+
+    def compared(name: str) -> Side:
+        torch.manual_seed(seed)
+        through = create_model(backbone, _task(sets[name]), config.embedder.init)
+        return passing.side(through, sets[name], watched, 0, name)
+
+    def gradients() -> dict[str, Gradients]:
+        through = model if fitted is None else _fitted(config, fitted, sets["target"].task)
+        moments = options.asks("whitened_gradient")
+        return passing.gradients(through, sets["target"], watched, options.sign_draws, moments)
+
+    return {
+        "source": source,
+        "target": lambda: passing.side(model, sets["target"], watched, tokens, "target"),
+        "gradients": gradients,
+        "hidden": lambda: passing.hidden(model, sets["target"], watched),
+        **{name: partial(compared, name) for name in sets if name.startswith("compare/")},
+    }
 
 
 def _nodes(config: DictConfig) -> dict[str, DictConfig]:
@@ -205,6 +243,10 @@ def _task(data: Data) -> Task:
     x, _ = next(iter(cast(InMemory, data).loader("all")))
     channels, height, width = x.shape[1:]
     return Task("classification", (channels, height, width), (1,))
+
+
+def _fitted_weights(config: DictConfig) -> Path | None:
+    return None if config.measure.fitted is None else Path(config.measure.fitted) / "model.safetensors"
 
 
 def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
@@ -230,7 +272,7 @@ def _fitted(config: DictConfig, path: Path, task: Task) -> OrcaModel:
 
 def _embedder_at_hand(config: DictConfig) -> DictConfig:
     """The config with embedder.aligned turned off, and said so, where stage=align has not run."""
-    if not config.embedder.aligned or aligned_embedder(config).exists():
+    if not config.embedder.aligned or agreed(aligned_embedder(config).exists):
         return config
     console.print(
         f"no aligned embedder at {aligned_embedder(config)}: measuring with the embedder's initialisation "

@@ -28,11 +28,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def run(config: DictConfig) -> None:
-    """Write finetune/<tag>/rank_curve.csv (rank, parameters, val, test) and rank_curve.png.
+    """Write finetune/<tag>/rank_curve.csv (rank, parameters, scale, val, test) and rank_curve.png.
 
     The fine-tune is chosen by finetune.tag; where there is only one with nested adapters, it may stay null. Nothing is
-    trained: at rank r every layer uses its first min(r, r_max) rows. The figure also shows separate fine-tunes of the
-    same run with uniform ranks, see `separate_runs`.
+    trained: at rank r every layer uses its first min(r, r_max) rows, and `scale` is that of the layers that have r. The
+    figure also shows separate fine-tunes of the same run with uniform ranks, see `separate_runs`.
 
     Raises:
         ValueError: if the fine-tune has no nested adapter, or the data are of another task. BlockingIOError: another
@@ -46,7 +46,8 @@ def run(config: DictConfig) -> None:
         check_same_data(config, fitted)
         data = data_for(config.data, fitted, "fit")
         parts: dict[str, Batches] = {"val": data.val_dataloader(), "test": data.test_dataloader()}
-        top = max(layer.rank for layer in layers)
+        widest = max(layers, key=lambda layer: layer.rank)
+        top = widest.rank
         with Progress(console=console, transient=True, disable=not config.trainer.enable_progress_bar) as progress:
             bar = progress.add_task("every rank", total=2 * top)
             found = {
@@ -56,6 +57,7 @@ def run(config: DictConfig) -> None:
             {
                 "rank": rank,
                 "parameters": parameters(layers, rank),
+                "scale": widest.scale_at(rank),
                 "val": found["val"][rank],
                 "test": found["test"][rank],
             }

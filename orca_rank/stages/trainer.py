@@ -62,8 +62,8 @@ def _check_processes(trainer: Mapping[str, Any]) -> None:
     if wanted != there:
         raise ValueError(
             f"{said} asks for {wanted} processes, and this is one of {there}: `python -m orca_rank` starts the "
-            f"processes of one machine for stage=align, finetune and all, torchrun or srun those of several; other "
-            f"stages and Python code train in one, with trainer.devices=1 trainer.num_nodes=1"
+            f"processes of one machine for stage=align, measure, finetune and all, torchrun or srun those of several; "
+            f"other stages and Python code train in one, with trainer.devices=1 trainer.num_nodes=1"
         )
     strategy = trainer.get("strategy", "auto")
     name = strategy if isinstance(strategy, str) else strategy.get("_target_", "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from orca_rank import adapters
 from orca_rank.artifacts.files import write_json, write_tensors
@@ -19,6 +20,15 @@ from orca_rank.training.finetune import trained_tensors
 console = Console(markup=False)
 
 
+def scale_in_use(body: nn.Module) -> float | dict[str, float] | None:
+    """The scale of the adapters' updates: one number where all layers have it, else the least and the largest; None
+    without any."""
+    found = sorted(adapters.scales(body).values())
+    if not found:
+        return None
+    return found[0] if math.isclose(found[0], found[-1]) else {"min": found[0], "max": found[-1]}
+
+
 def write_model(
     folder: Path, model: OrcaModel, plan: RankPlan | None, task: Task, statistics: Mapping[str, Tensor]
 ) -> None:
@@ -27,11 +37,9 @@ def write_model(
     tensors = trained_tensors(model)
     tensors |= {name: value for name, value in model.state_dict().items() if not name.startswith("body.")}
     if plan is not None:
-        found = adapters.adapters(model.body)
-        scales = {name: adapter.scale for name, adapter in found.items()}
-        moved = {name: int(one.alive.sum()) for name, one in found.items() if isinstance(one, adapters.ElaLoRA)}
-        ended = {"ranks_at_the_end": moved} if moved else {}
-        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": scales, **ended})
+        moved = adapters.moved_ranks(model.body)
+        kept = {"ranks_of_the_kept_model": moved} if moved else {}  # beside `ranks`, where it started
+        write_json(folder / "ranks.json", {**plan.to_dict(), "scales": adapters.scales(model.body), **kept})
         try:
             adapters.save_peft(model.body, folder / "adapter")
         except adapters.NotExpressible as error:

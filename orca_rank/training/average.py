@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import lightning as L
@@ -22,13 +22,24 @@ class Average(Callback):
 
     Validation during training is of the average, and `values` are what a fine-tune keeps; training goes on with θ.
 
+    Means are of what steps move. Counters, masks and copies of an earlier θ say what the model is, and a mean of two of
+    them describes neither: they are those of θ. Where a step sets parameters anew, as it prunes them or starts them
+    afresh, earlier values are another model's, and the average begins there again.
+
     Args:
-        decay: β. tensors: what training changes, each call giving the model's own tensors; those that are no floats
-            are copied.
+        decay: β. tensors: what training changes, each call giving the model's own tensors. learned: the names of those
+            that are averaged; the others are copied. renewed: called after each step, name -> a mask that broadcasts
+            of the entries that it set anew.
     """
 
-    def __init__(self, decay: float, tensors: Callable[[], dict[str, Tensor]]) -> None:
-        self.decay, self.tensors = decay, tensors
+    def __init__(
+        self,
+        decay: float,
+        tensors: Callable[[], dict[str, Tensor]],
+        learned: Collection[str],
+        renewed: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        self.decay, self.tensors, self.learned, self.renewed = decay, tensors, frozenset(learned), renewed
         self.values: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] = {}
         self.steps = 0
@@ -46,11 +57,14 @@ class Average(Callback):
             return
         self.steps = trainer.global_step
         rest = 1 - decay_at(self.steps, self.decay)
-        for name, tensor in self.tensors().items():
-            if tensor.is_floating_point():
+        own = self.tensors()
+        for name, tensor in own.items():
+            if name in self.learned:
                 self.values[name].lerp_(tensor, rest)
             else:
                 self.values[name].copy_(tensor)
+        for name, mask in self.renewed().items():
+            torch.where(mask, own[name], self.values[name], out=self.values[name])
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

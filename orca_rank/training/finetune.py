@@ -17,6 +17,7 @@ from orca_rank.data.shares import sizes_of
 from orca_rank.options import flag, number, one_of, whole
 from orca_rank.processes import world
 from orca_rank.task import Task
+from orca_rank.training.average import Average
 from orca_rank.training.compiled import check_backend
 from orca_rank.training.curve import RunningMean
 from orca_rank.training.optimizers import made
@@ -260,3 +261,15 @@ def trained_tensors(model: OrcaModel) -> dict[str, Tensor]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainable |= {f"body.{name}" for name in adapters.adapter_state_dict(model.body)}
     return {name: value for name, value in model.state_dict().items() if name in trainable}
+
+
+def average_of(model: OrcaModel, decay: float) -> Average:
+    """The moving average of `trained_tensors`."""
+    steps = adapters.Steps(model.body)
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learned |= {f"body.{name}" for name in steps.learned_buffers()}
+
+    def renewed() -> dict[str, Tensor]:
+        return {f"body.{name}": mask for name, mask in steps.renewed().items()}
+
+    return Average(decay, lambda: trained_tensors(model), learned, renewed)

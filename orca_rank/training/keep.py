@@ -39,7 +39,8 @@ class Keep(Checkpoint):
         folder: for the checkpoints. monitor: the logged value that chooses the best epoch, lower is better; None
             chooses none. patience: stop after so many epochs without a better value. min_delta: by how much a value
             must be lower to be better.
-        tensors: what to keep of the best epoch.
+        tensors: what to keep of the best epoch. counts: whether an epoch that ends now may be the best one, and costs
+            patience if it is not; None if each may. The last one always does.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class Keep(Checkpoint):
         patience: int | None = None,
         min_delta: float = 0.0,
         tensors: Callable[[], dict[str, Tensor]] | None = None,
+        counts: Callable[[], bool] | None = None,
     ) -> None:
         self.folder, self.monitor, self.patience, self.min_delta = folder, monitor, patience, min_delta
-        self.tensors = tensors
+        self.tensors, self.counts = tensors, counts
         self.best: dict[str, Tensor] = {}
         self.value = float("inf")
         self.waited = 0
@@ -69,7 +71,7 @@ class Keep(Checkpoint):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.monitor is not None:
+        if self.monitor is not None and (self.counts is None or self.counts() or _is_last(trainer)):
             value = float(trainer.callback_metrics[self.monitor])
             self._judge(agreed(lambda: value))
             trainer.should_stop = trainer.should_stop or self.stopped
@@ -91,6 +93,12 @@ class Keep(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, value in state_dict.items():
             setattr(self, name, value)
+
+
+def _is_last(trainer: L.Trainer) -> bool:
+    """Whether no epoch follows the one that ends now."""
+    epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+    return trainer.should_stop or 0 < epochs <= trainer.current_epoch + 1 or 0 < steps <= trainer.global_step
 
 
 def save(trainer: L.Trainer, folder: Path) -> None:
