@@ -19,9 +19,10 @@ MANY = 16  # 5 and 7 % above full fine-tuning's error on Darcy flow, at 32×32 a
 def recommended(layers: Sequence[LayerLike], budget: Budget | None = None) -> RankPlan:
     """One rank for all layers, as much as the budget affords, or 16 without a budget (a smaller layer its full rank).
 
-    It is what the committed evidence supports: on Darcy flow ranks in proportion to the gap do as well as the same ranks
-    shuffled, and no rule could be told from uniform ones (docs/evidence.md); a published comparison finds Fisher ranks
-    equal to uniform ones (arXiv 2605.16800). Whether rank matters at all on a task of one's own, and at which rate, is what `stage=evidence` answers.
+    It is what the committed evidence supports: on Darcy flow ranks in proportion to the gap do as well as the same
+    ranks shuffled, and no rule could be told from uniform ones (docs/evidence.md); a published comparison finds Fisher
+    ranks equal to uniform ones (arXiv 2605.16800). Whether rank matters at all on a task of one's own, and at which
+    rate, is what `stage=evidence` answers.
     """
     if budget is not None:
         return replace(uniform(layers, budget), rule="recommended")
