@@ -117,6 +117,8 @@ def test_every_experiment_runs_one_tiny_step(
     composed: Callable[..., DictConfig], tmp_path: Path, experiment: str
 ) -> None:
     options = [f"experiment={experiment}", *SMALL_MODEL]
+    if composed(f"experiment={experiment}").finetune.warmup_epochs:
+        options.append("finetune.warmup_epochs=1")
     options += small_data(composed(f"experiment={experiment}"), tmp_path)
     if composed(*options).adapter.method == "inject":
         options += ["rank=uniform", "rank.r=2"]
@@ -129,6 +131,21 @@ def test_every_experiment_runs_one_tiny_step(
     name = f"test/{metrics['metric']}"
     assert torch.isfinite(torch.tensor(metrics[name]))
     assert (metrics["trainable_parameters"]["predictor"] == 0) == bool(config.predictor.frozen_on_purpose)
+
+
+def test_the_recipe_of_cifar100_is_orcas(composed: Callable[..., DictConfig]) -> None:
+    """Of the rates of ORCA's code: cifar100.yaml and task_configs.py."""
+    config = composed("experiment=cifar100_orca")
+    objective = build(config.align.objective, **SOURCE)
+    features = torch.randn(5, 4, requires_grad=True)
+    objective(features, torch.zeros(5, dtype=torch.long)).backward()
+    assert features.grad is not None and type(objective).__name__ == "LegacyOTDD"
+    (group,) = build(config.align.optimizer)([torch.zeros(1)]).param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (1e-3, 0.9, 1e-3)
+    tuned = build(config.finetune.optimizer)([torch.zeros(1)]).param_groups[0]
+    assert (tuned["lr"], tuned["momentum"], tuned["weight_decay"]) == (1e-4, 0.9, 1e-3)
+    options = finetune.check_options(composed("experiment=cifar100_orca", "backbone.pretrained=false"))
+    assert options.course(60 * 49).factor(60 * 49) == pytest.approx((200 - 60) / (200 - 5))
 
 
 def test_typos_are_errors(composed: Callable[..., DictConfig]) -> None:

@@ -17,6 +17,7 @@ from orca_rank.distances import (
     energy_distance,
     gaussian,
     knn_two_sample,
+    legacy_otdd,
     mmd,
     objectives,
     permutation_p_value,
@@ -204,7 +205,7 @@ def test_bad_input_is_named(distance: Distance) -> None:
         distance(x, [[1.0, 2.0, 3.0]])
 
 
-@pytest.mark.parametrize("name", ["OTDD", "MMD", "Sliced", "Bures", "L2"])
+@pytest.mark.parametrize("name", ["OTDD", "LegacyOTDD", "MMD", "Sliced", "Bures", "L2"])
 def test_objectives_fall_along_their_gradient(name: str) -> None:
     source, label = normal(60, 4, dtype=torch.float32), torch.arange(60) % 3
     objective = getattr(objectives, name)(source, label)
@@ -223,6 +224,14 @@ def test_objectives_equal_their_functions() -> None:
     assert objective(target, one).item() == pytest.approx(wanted, rel=1e-9)
     difference = (source.mean(0) - target.mean(0)).square().sum().item()
     assert objectives.L2(source, label)(target, one).item() == pytest.approx(difference, rel=1e-9)
+    far, labels = target.requires_grad_(), torch.arange(30) % 3
+    mine = objectives.LegacyOTDD(source, labels)(far, one)
+    theirs = legacy_otdd(source, labels, far, one, inner="exact").value
+    assert mine.item() == pytest.approx(theirs.item(), rel=1e-12)
+    assert torch.equal(torch.autograd.grad(mine, far)[0], torch.autograd.grad(theirs, far)[0])
+    with pytest.raises(ValueError, match="epsilon=0: expected a positive number"):
+        objectives.LegacyOTDD(source, labels, epsilon=0)
+    target = target.detach()
     options = {"inner": "means", "epsilon": 0.05}
     otdd, other = (
         objectives.OTDD(source, label, backend=name, **options)(target, one) for name in ("native", "geomloss")

@@ -279,3 +279,19 @@ def test_the_learning_rate_grows_step_by_step_and_falls_to_zero() -> None:
     assert {constant.factor(step) for step in range(101)} == {1.0}
     decay = FinetuneOptions(epochs=10, schedule="wsd", warmup=0, decay=0.5).course(100)
     assert [decay.factor(step) for step in (0, 50, 75, 100)] == pytest.approx([1, 1, 0.5, 0])
+
+
+def test_the_rate_may_follow_a_longer_course_than_the_run() -> None:
+    """ORCA's on CIFAR-100: 5 epochs of warm-up, then linear to 0 at epoch 200, of which 60 are trained."""
+    options = FinetuneOptions(epochs=60, warmup_epochs=5, decay_epochs=200)
+    course, steps = options.course(60 * 44), 44
+    factors = [course.factor(step) for step in range(60 * steps)]
+    assert factors[: 5 * steps] == pytest.approx([(step + 1) / (5 * steps + 1) for step in range(5 * steps)])
+    wanted = [(200 * steps - step) / (195 * steps) for step in range(5 * steps, 60 * steps)]
+    assert factors[5 * steps :] == pytest.approx(wanted) and factors[-1] == pytest.approx(0.718, abs=1e-3)
+    same = FinetuneOptions(epochs=60, schedule="cosine", warmup=0, decay_epochs=60).course(100)
+    assert [same.factor(step) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    half = FinetuneOptions(epochs=10, schedule="cosine", warmup=0, decay_epochs=20).course(100)
+    assert half.factor(100) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"finetune\.decay_epochs=200 is the length of .*schedule=constant: set"):
+        FinetuneOptions(epochs=60, schedule="constant", decay_epochs=200)

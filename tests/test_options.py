@@ -39,6 +39,7 @@ FINETUNE = [
     ("finetune.compile=fast", "finetune.compile=fast: expected .*inductor"),
     ("finetune.warmup_epochs=-3", r"finetune.warmup_epochs=-3: expected a number in \[0, "),
     ("finetune.warmup=1.5", r"finetune.warmup=1.5: expected a number in \[0, 1\]"),
+    ("finetune.decay_epochs=0.5", r"finetune.decay_epochs=0.5: expected a number of at least \d+ or null"),
     ("finetune.schedule=step", "finetune.schedule=step: expected linear, cosine, constant or wsd"),
     ("finetune.optimizer.lr=0", "finetune.optimizer.lr=0: expected a number above 0"),
     ("finetune.optimizer.betas=[0.9,2]", "finetune.optimizer: "),

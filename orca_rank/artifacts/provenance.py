@@ -28,6 +28,7 @@ IGNORED_KEYS = frozenset(
 SINCE = {
     "adapter.most_blocks": 16,
     "rule.adapter.most_blocks": 16,  # of an arm of the evidence
+    "finetune.decay_epochs": None,
     "finetune.reduction": "mean",
     "gap.measurements.mean_gradient": False,
     "gap.measurements.whitened_gradient": False,

@@ -25,6 +25,7 @@ def legacy_otdd(
     inner: str = "gaussian",
     epsilon: float = 0.1,
     inner_debias: bool = True,
+    x_distances: Float[Tensor, "K K"] | None = None,
 ) -> OTDDResult:
     """OTDD² as microsoft/otdd (commit 72f1b22) and ORCA compute it: THEIR number, that of the HALF squared cost.
 
@@ -39,6 +40,7 @@ def legacy_otdd(
         inner: "gaussian", "means" or "none" as in `otdd`; "exact" is a Sinkhorn value with ε = 0.1 and has no gradient.
         epsilon: blur², absolute, in units of the half cost.
         inner_debias: whether inner="exact" is debiased, as ORCA has it, or not, as is microsoft/otdd's default.
+        x_distances: W between the classes of x where it is known, see `legacy_class_distances`.
 
     Returns:
         OTDDResult; its value and epsilon are of the half cost, its label distances W of the full one.
@@ -52,7 +54,7 @@ def legacy_otdd(
     x, y = pair(x, y)
     a, b = (Labelled(z, label, name, inner, 1, False)
             for z, label, name in ((x, x_label, "x_label"), (y, y_label, "y_label")))  # fmt: skip
-    across, within_x, within_y = labels = _label_distances(a, b, inner, inner_debias)
+    across, within_x, within_y = labels = _label_distances(a, b, inner, inner_debias, x_distances)
     with torch.no_grad():
         costs = [
             (squared_distances(p.x, q.x) + w[p.index][:, q.index]) / 2
@@ -79,14 +81,24 @@ def legacy_otdd(
     return OTDDResult(value, error, iterations, across.detach(), epsilon)
 
 
-def _label_distances(a: Labelled, b: Labelled, inner: str, debias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def legacy_class_distances(
+    x: Float[Tensor, "n d"], label: Int[Tensor, " n"], *, inner_debias: bool = True
+) -> Float[Tensor, "K K"]:
+    """W between the classes of one sample as inner="exact" of `legacy_otdd` has it: what a fixed source keeps."""
+    with torch.no_grad():
+        return _class_distances(Labelled(x, label, "label", "exact", 1, False).groups, None, inner_debias)
+
+
+def _label_distances(
+    a: Labelled, b: Labelled, inner: str, debias: bool, known: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """W between the samples, (K, L), and within each."""
     if inner != "exact":
-        return a.distances(b), a.own_distances(), b.own_distances()
+        return a.distances(b), a.own_distances() if known is None else known, b.own_distances()
     with torch.no_grad():
         return (
             _class_distances(a.groups, b.groups, debias),
-            _class_distances(a.groups, None, debias),
+            _class_distances(a.groups, None, debias) if known is None else known,
             _class_distances(b.groups, None, debias),
         )
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from orca_rank.distances._inputs import full_precision, pair, points
 from orca_rank.distances._pairs import gaussian_radial, pair_sum
 from orca_rank.distances.gaussian import bures_wasserstein
+from orca_rank.distances.labelled import check_inner
+from orca_rank.distances.legacy import legacy_class_distances, legacy_otdd
 from orca_rank.distances.mmd import bandwidth_of
 from orca_rank.distances.otdd import OTDDSource
 from orca_rank.distances.sliced import sliced_wasserstein
@@ -25,7 +27,7 @@ class OTDD:
 
     Args:
         source: (n, d). label: (n,). inner: "gaussian", "exact", "means" or "none". epsilon: relative temperature, null
-            for the default. detach_labels: leave the label term out of the gradient, as ORCA's exact mode does.
+            for the default. detach_labels: leave the label term out of the gradient.
         backend: "native", "geomloss" or "geomloss_online", as in `otdd`.
     """
 
@@ -43,6 +45,30 @@ class OTDD:
 
     def __call__(self, target: Features, label: Labels) -> Float[Tensor, ""]:
         return self.source.distance(target, label, detach_labels=self.detach_labels).value
+
+
+class LegacyOTDD:
+    """Half of OTDD² as ORCA's code computes it (see `legacy_otdd`): entropic, annealed and not run to convergence.
+
+    Args:
+        source: (n, d). label: (n,). inner: "exact", a Sinkhorn distance between the classes' samples that is a constant
+            in the gradient, "gaussian", "means" or "none". epsilon: blur², absolute, in units of the half cost.
+
+    Raises:
+        ValueError: for another inner, or an epsilon that is not positive.
+    """
+
+    def __init__(self, source: Features, label: Labels, inner: str = "exact", epsilon: float = 0.1) -> None:
+        check_inner(inner)
+        if isinstance(epsilon, bool | str) or not epsilon > 0:
+            raise ValueError(f"epsilon={epsilon}: expected a positive number, blur² of the half cost")
+        self.source, self.label, self.inner, self.epsilon = points(source), label, inner, float(epsilon)
+        self.own = legacy_class_distances(self.source, label) if inner == "exact" else None
+
+    def __call__(self, target: Features, label: Labels) -> Float[Tensor, ""]:
+        return legacy_otdd(
+            self.source, self.label, target, label, inner=self.inner, epsilon=self.epsilon, x_distances=self.own
+        ).value
 
 
 class MMD:

@@ -22,7 +22,8 @@ def trained(
     update: Mapping[str, ArrayLike] | str | Path | None = None,
 ) -> RankPlan:
     """Units of rank by s_k² of the trained ΔW per parameter, largest of all layers first, until the budget is spent:
-    the ranks that one threshold on the spectra of all layers leaves.
+    the ranks that one threshold on the spectra of all layers leaves. The budget decides the threshold, and what is then
+    too little for the next unit is filled with cheaper ones below it, so that the plan is not exactly one threshold's.
 
     Args:
         update: layer -> ΔW (d_out, d_in) of exactly these layers, or the safetensors file of them that stage=finetune

@@ -44,6 +44,7 @@ class FinetuneOptions:
     warmup: float = 0.05
     warmup_epochs: float | None = None
     decay: float = 0.2
+    decay_epochs: float | None = None
     patience: int | None = None
     predictor_lr: float | None = None
     embedder_lr: float | None = None
@@ -62,6 +63,12 @@ class FinetuneOptions:
         number("finetune.warmup", self.warmup, least=0, most=1)
         number("finetune.warmup_epochs", self.warmup_epochs, least=0, most=self.epochs, null=True)
         number("finetune.decay", self.decay, least=0, most=1)
+        number("finetune.decay_epochs", self.decay_epochs, least=self.epochs, null=True)
+        if self.decay_epochs is not None and self.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"finetune.decay_epochs={self.decay_epochs} is the length of a linear or cosine course, and "
+                f"finetune.schedule={self.schedule}: set finetune.decay_epochs=null, or schedule=linear"
+            )
         whole("finetune.patience", self.patience, null=True)
         number("finetune.predictor_lr", self.predictor_lr, above=0, null=True)
         number("finetune.embedder_lr", self.embedder_lr, above=0, null=True)
@@ -73,7 +80,8 @@ class FinetuneOptions:
     def course(self, steps: float) -> Schedule:
         """The learning rates of a run of so many optimiser steps."""
         warmup = self.warmup if self.warmup_epochs is None else self.warmup_epochs / self.epochs
-        return Schedule(self.schedule, steps, warmup * steps, self.decay * steps)
+        whole = steps if self.decay_epochs is None else steps * self.decay_epochs / self.epochs
+        return Schedule(self.schedule, whole, warmup * steps, self.decay * steps)
 
 
 class FineTune(L.LightningModule):

@@ -15,7 +15,8 @@ class Schedule:
     Args:
         kind: after the warm-up, "linear" or "cosine" from the peak to 0 at the end of the run, "constant", or "wsd"
             (warm-up, stable, decay: constant until `decay` before the end, then linear to 0; arXiv 2404.06395).
-        steps: of the run. warmup: of the linear warm-up, (step + 1) / (warmup + 1). decay: of wsd.
+        steps: of the run, or of a longer one of which it is the start. warmup: of the linear warm-up,
+            (step + 1) / (warmup + 1). decay: of wsd.
     """
 
     kind: str
