@@ -57,6 +57,7 @@ TINY = (
     "backbone.options.depths=[1,1]",
     "backbone.options.num_heads=[1,2]",
     "backbone.options.img_size=16",
+    "budget.mean_rank=4",
     "predictor=linear",
     "align.epochs=4",
     "align.source_samples=16",

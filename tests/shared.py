@@ -20,6 +20,7 @@ TINY_SWIN = (
     "backbone.options.depths=[1,1]",
     "backbone.options.num_heads=[1,2]",
     "backbone.options.img_size=16",
+    "budget.mean_rank=4",
 )
 # A fine-tune of that Swin on digits, of a second or two.
 TINY_FINETUNE = (

@@ -138,7 +138,7 @@ def test_only_a_command_that_names_nothing_but_where_and_how_is_the_demo() -> No
 def test_the_base_config_inherits_nothing_from_the_demo(composed: Callable[..., DictConfig]) -> None:
     base, demo = composed(), composed("experiment=demo")
     assert (base.run, base.threads, base.finetune.epochs, base.align.epochs) == ("default", None, 100, 60)
-    assert (base.budget.mean_rank, base.budget.parameters, base.measure.compare) == (4, None, {})
+    assert (base.budget.mean_rank, base.budget.parameters, base.measure.compare) == (16, None, {})
     assert (demo.run, demo.threads, demo.finetune.epochs, demo.align.epochs) == ("demo", 1, 10, 20)
     assert base.rank["_target_"].endswith(".uniform")
 

@@ -119,7 +119,10 @@ def test_every_experiment_runs_one_tiny_step(
     options = [f"experiment={experiment}", *SMALL_MODEL]
     if composed(f"experiment={experiment}").finetune.warmup_epochs:
         options.append("finetune.warmup_epochs=1")
-    options += small_data(composed(f"experiment={experiment}"), tmp_path)
+    given = composed(f"experiment={experiment}")
+    options += small_data(given, tmp_path)
+    if given.budget.mean_rank is None:
+        options.append("budget.mean_rank=null")
     if composed(*options).adapter.method == "inject":
         options += ["rank=uniform", "rank.r=2"]
     if composed(*options).finetune.curriculum is not None:
