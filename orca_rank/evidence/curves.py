@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from orca_rank.evidence.compare import Estimate, paired
-from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row
+from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Row, finite
 from orca_rank.evidence.protocol import Protocol, rank_matters
 from orca_rank.evidence.verdicts import LEVEL, Claim, change, cross_entropies, errors_of, notes
 
@@ -119,7 +119,7 @@ def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:
         ValueError: if the rank curve of the task is not there.
     """
     gate, judged = rank_matters(protocol, rows, task), rank_matters(protocol, rows, task, "val")
-    curve = {rank: _of_curve(rows, task, UNIFORM, rank) for rank in sorted(protocol.gate)}
+    curve = {rank: finite(rows, "gate", task, UNIFORM, rank) for rank in sorted(protocol.gate)}
     curve = {rank: found for rank, found in curve.items() if found}
     rank = min(curve)
     if gate.matters:
@@ -128,7 +128,7 @@ def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:
     row = curve[rank][0]
     others = (("frozen body", FROZEN), ("full fine-tuning", FULL))
     known = [(f"r = {r}", found) for r, found in curve.items()]
-    known += [(name, found) for name, rule in others if (found := _of_curve(rows, task, rule, 0))]
+    known += [(name, found) for name, rule in others if (found := finite(rows, "gate", task, rule, 0))]
     errors = ", ".join(f"{name}: {np.mean([row.test for row in found]):.4g}" for name, found in known)
     answer = "rank matters" if gate.matters else "whether rank matters cannot be told, so the smallest will do"
     return (
@@ -137,11 +137,6 @@ def recommended(protocol: Protocol, rows: Sequence[Row], task: str) -> str:
         f"finetune.embedder_lr={row.predictor_lr:g}: {row.parameters:,} trained parameters, {row.seconds:.0f} s a run "
         f"where it ran. The embedder was not aligned (embedder.aligned=false)."
     )
-
-
-def _of_curve(rows: Sequence[Row], task: str, rule: str, rank: int) -> list[Row]:
-    mine = [row for row in rows if (row.part, row.task, row.rule, row.rank) == ("gate", task, rule, rank)]
-    return [row for row in mine if not row.diverged]
 
 
 def _orders(values: Sequence[float], most: int = 7) -> list[list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 FROZEN, FULL, UNIFORM = "frozen", "full", "uniform"
@@ -82,3 +82,9 @@ class Row(Point):
             return cls(**{item.name: kinds[str(item.type)](record[item.name]) for item in given})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a row of evidence.csv ({error}): {dict(record)}") from error
+
+
+def finite(rows: Sequence[Row], part: str, task: str, rule: str, rank: int) -> list[Row]:
+    """The rows of one part, task, rule and rank, without those of runs that diverged."""
+    mine = [row for row in rows if (row.part, row.task, row.rule, row.rank) == (part, task, rule, rank)]
+    return [row for row in mine if not row.diverged]

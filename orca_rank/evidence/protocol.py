@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point, Row
+from orca_rank.evidence.points import FROZEN, FULL, UNIFORM, Point, Row, finite
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,7 @@ def rank_matters(protocol: Protocol, rows: Sequence[Row], task: str, part: str =
     if not protocol.gate:
         raise ValueError(f"there is no rank curve of {task}: evidence.gate is empty")
     errors = [
-        {
-            row.seed: getattr(row, part)
-            for row in rows
-            if (row.part, row.task, row.rule, row.rank) == ("gate", task, UNIFORM, rank) and not row.diverged
-        }
+        {row.seed: getattr(row, part) for row in finite(rows, "gate", task, UNIFORM, rank)}
         for rank in (min(protocol.gate), max(protocol.gate))
     ]
     seeds = sorted(errors[0].keys() & errors[1].keys())

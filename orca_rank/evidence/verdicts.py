@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from orca_rank.evidence.compare import Estimate, crossed, holm, paired, pooled
-from orca_rank.evidence.points import UNIFORM, Row
+from orca_rank.evidence.points import UNIFORM, Row, finite
 from orca_rank.evidence.protocol import Protocol
 
 MARGIN = 2.0  # per cent; differences within it are of no use to anybody
@@ -215,11 +215,7 @@ def parameters_at_equal_error(
 
 def errors_of(rows: Sequence[Row], task: str, rank: int, rule: str, part: str) -> dict[tuple[int, int], float]:
     """(seed, permutation) -> test error, of the runs that did not diverge."""
-    return {
-        (row.seed, row.permutation): row.test
-        for row in rows
-        if (row.part, row.task, row.rank, row.rule) == (part, task, rank, rule) and not row.diverged
-    }
+    return {(row.seed, row.permutation): row.test for row in finite(rows, part, task, rule, rank)}
 
 
 def _diverged(rows: Sequence[Row], tasks: Sequence[str], rank: int, rule: str, part: str) -> tuple[str, int, int]:
